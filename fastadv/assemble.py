@@ -1,0 +1,74 @@
+"""From a recipe to its images and its model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from fastadv import checkpoint, data, models, weightfile
+from fastadv.errors import SettingsError
+from fastadv.models import Classifier
+from fastadv.recipe import Recipe
+from fastadv.seeds import mix
+from fastadv.strategies import load_all
+
+
+def device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the GPU where there is one. Raises SettingsError for one not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device is {name!r}, which is not here", "--device cpu, or --device auto") from error
+    return found
+
+
+def splits(recipe: Recipe) -> data.Splits:
+    """The recipe's train, validation and test images, at the size that the attack is to see."""
+    return data.load(
+        recipe.data,
+        image_size=_data_size(recipe),
+        val_images=recipe.val_images,
+        per_class=recipe.per_class,
+        seed=recipe.seed,
+        on_bad_image=recipe.on_bad_image,
+    )
+
+
+def test_images(recipe: Recipe) -> data.ImageSet:
+    """The recipe's test images alone, as :func:`splits` gives them."""
+    return data.load_test(recipe.data, image_size=_data_size(recipe), on_bad_image=recipe.on_bad_image)[0]
+
+
+def _data_size(recipe: Recipe) -> int | None:
+    return recipe.image_size or (None if recipe.resize else models.input_size(recipe.model))
+
+
+def model(recipe: Recipe, num_classes: int) -> Classifier:
+    """The recipe's classifier before training: backbone weights loaded, what they do not cover drawn by the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(recipe.seed))
+        found = models.create(
+            recipe.model,
+            num_classes,
+            resize=recipe.resize,
+            drop_path=recipe.drop_path,
+            image_size=None if recipe.resize else recipe.image_size,
+        )
+    models.load_backbone(found, recipe.weights)
+    return found
+
+
+def trained(folder: Path, recipe: Recipe) -> Classifier:
+    """The best model of the run in ``folder``, on the CPU, in eval mode. Raises CheckpointError for damaged files."""
+    state = checkpoint.load(folder / "best")[0]["model.safetensors"]
+    found = model(dataclasses.replace(recipe, weights="none"), state["head.weight"].shape[0])
+    for stage in load_all()[recipe.strategy].stages(recipe):
+        stage.tuning(found)
+    weightfile.match(found.state_dict(), state)
+    found.load_state_dict(state, strict=True)
+    return found.eval()

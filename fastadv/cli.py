@@ -1,0 +1,93 @@
+"""What every command shares: errors in two lines, exit codes, signals. Without torch, so that signals work at once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fastadv import stopping
+from fastadv.errors import FastadvError, SettingsError
+
+OUT_OF_MEMORY = 6
+T = TypeVar("T")
+
+
+def command(main: Callable[[list[str]], dict[str, Any] | None], argv: Sequence[str] | None = None) -> int:
+    """Run ``main(argv)`` as a command and give its exit code.
+
+    0 ok, 2 settings or input, 3 data, 4 checkpoint or weights, 5 numerical, 6 out of memory, 75 stopped and resumable,
+    130 Ctrl-C. ``--debug`` shows tracebacks; with ``--json`` the last line printed is what ``main`` returns, as JSON.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    as_json = "--json" in args
+    args = [arg for arg in args if arg not in ("--debug", "--json")]
+    formatwarning = warnings.formatwarning
+    # One line, as for errors; Python's own form shows a path of ours and a line of source.
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        stopping.install()
+        result = main(args)
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 2
+    except FastadvError as error:
+        if debug:
+            raise
+        return refuse(error.what, error.fix, error.exit_code)
+    except KeyboardInterrupt:
+        return refuse("interrupted before anything was saved", "run the command again", 130)
+    except Exception as error:
+        if debug or not _out_of_memory(error):
+            if type(error).__name__ == "Stopped":
+                return _stopped(error, main.__module__)
+            raise
+        return refuse(f"out of memory ({str(error).splitlines()[0]})", "--batch-size half as large", OUT_OF_MEMORY)
+    finally:
+        warnings.formatwarning = formatwarning
+        stopping.uninstall()
+    if as_json and result is not None:
+        print(json.dumps(result))
+    return 0
+
+
+def parse(kind: type[T], default: T | None, args: Sequence[str], program: str, about: str) -> T:
+    """The value of dataclass ``kind`` that flags ``args`` make of ``default``. Raises SettingsError for a bad flag."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            value = tyro.MISSING_NONPROP if default is None else default
+            return tyro.cli(kind, args=list(args), prog=program, description=about, default=value)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+    # tyro draws a box: a title, the message, a rule, and help. The message is what a refusal's first line is for.
+    lines = [line.strip("\u2502\u256d\u256e\u2570\u256f\u2500 ") for line in said.getvalue().splitlines()[1:]]
+    message = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    what, _, fix = message.partition(": ")[2].rpartition("; ") if message.startswith("Error parsing") else ("", "", "")
+    near = [line for line in lines if line.startswith("--")]
+    hint = f"did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else f"see {program} --help"
+    raise SettingsError(what or message, fix if what else hint)
+
+
+def refuse(what: str, fix: str, code: int) -> int:
+    """Print the two lines of a refusal and give its exit code."""
+    print(f"error: {what}\nfix: {fix}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _stopped(error: Exception, program: str) -> int:
+    print(f"stopped and saved; continue with: python -m {program} --resume {error}", file=sys.stderr)
+    return stopping.exit_code()

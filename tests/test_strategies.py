@@ -1,0 +1,112 @@
+"""Every registered strategy trains; what should learn moves, what should not stays bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadv import assemble, ops, strategies
+from fastadv.errors import SettingsError
+from fastadv.heads import ranli
+from fastadv.models import create
+from fastadv.recipe import Recipe
+from fastadv.runlog import read
+from fastadv.strategies import STRATEGIES, Stage, strategy
+from fastadv.train import train
+from fastadv.tuning import full, linear
+
+NAMES = sorted(strategies.load_all())
+# Seconds on one core: 64 training images, one attack step.
+TINY = {
+    "data": "digits",
+    "weights": "none",
+    "per_class": 7,
+    "val_images": 20,
+    "train_steps": 2,
+    "eval_steps": 1,
+    "probe_epochs": 1,
+    "epochs": 2,
+    "batch_size": 16,
+    "precision": "fp32",
+}
+
+
+def tiny(name: str) -> Recipe:
+    return dataclasses.replace(strategies.load_all()[name].recipe, strategy=name, **TINY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_trains_and_only_what_should_moves(name: str, tmp_path: Path) -> None:
+    recipe = tiny(name)
+    stages = list(STRATEGIES[name].stages(recipe))
+    untouched = create(recipe.model, 10)
+    learns = {key: False for key, _ in untouched.named_parameters()}
+    for stage in stages:
+        stage.tuning(untouched)
+        for key, parameter in untouched.named_parameters():
+            learns[key] |= parameter.requires_grad
+    before = assemble.model(recipe, 10).state_dict()
+    report = train(recipe, tmp_path / "run")
+    after = assemble.trained(tmp_path / "run", recipe).state_dict()
+    for key, learned in learns.items():
+        assert torch.equal(after[key], before[key]) != learned, key
+    assert report["reports"][0]["n"] == 400
+    began = [event for event in read(tmp_path / "run" / "log.jsonl") if event["event"] == "stage"]
+    assert [event["name"] for event in began] == [stage.name for stage in stages]
+    # It was the fast body that ran, wherever there is one.
+    assert {event["step"] for event in began} == {ops.body("linf_step")} == {"cpp"}
+    for file in ("recipe.json", "env.json", "log.jsonl", "report.json", "curves.png", "examples.png", "best"):
+        assert (tmp_path / "run" / file).exists(), file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_says_where_it_comes_from(name: str) -> None:
+    chosen = STRATEGIES[name]
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{5}", chosen.source)
+    assert chosen.summary.endswith(".")
+    assert len(inspect.getsource(inspect.getmodule(chosen.stages)).splitlines()) < 80
+
+
+def test_roli_is_a_probe_and_then_full_finetuning_from_its_head() -> None:
+    stages = list(STRATEGIES["roli-full"].stages(Recipe(probe_epochs=3, epochs=5)))
+    assert [(s.name, s.tuning, s.epochs) for s in stages] == [("probe", linear, 3), ("finetune", full, 5)]
+    assert stages[0].head is ranli
+    assert stages[1].head is None
+    (only,) = STRATEGIES["ranli-full"].stages(Recipe(epochs=5))
+    assert (only.tuning, only.head, only.epochs) == (full, ranli, 5)
+
+
+def test_the_papers_attack_is_the_default() -> None:
+    recipe = STRATEGIES["roli-full"].recipe
+    assert (recipe.train_steps, recipe.eval_steps, recipe.norm) == (7, 10, "linf")
+    assert (recipe.eps, recipe.step_size, recipe.eval_step_size) == (8 / 255, 2 / 255, 2 / 255)
+
+
+def test_the_random_head_is_the_papers() -> None:
+    head = torch.nn.Linear(1024, 100)
+    ranli(head, torch.Generator().manual_seed(0))
+    assert head.weight.std().item() == pytest.approx((2 / 100) ** 0.5, rel=0.01)
+    assert head.bias.tolist() == pytest.approx([-4.59512] * 100, abs=1e-5)
+
+
+def test_a_name_is_registered_once_and_an_unknown_one_gets_a_hint() -> None:
+    def again(recipe: Recipe) -> Iterator[Stage]:
+        """Never runs."""
+        yield from ()
+
+    with pytest.raises(SettingsError, match="'roli-full' is registered already"):
+        strategy("roli-full", source="arXiv:2312.05716")(again)
+    with pytest.raises(SettingsError, match="unknown strategy 'roli-ful'; did you mean 'roli-full'"):
+        STRATEGIES["roli-ful"]
+
+
+def test_linear_probing_keeps_the_backbone_in_eval_mode() -> None:
+    model = create("resnet18", 3)
+    assert linear(model) == [model.head]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
