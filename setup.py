@@ -48,8 +48,14 @@ class BuildOps(build_ext):
     def run(self):
         in_place = self.inplace or self.editable_mode
         folder = CSRC if in_place else Path(self.build_lib, "fastadv", "csrc")
-        build = load_build()
-        self.built = [str(build.compile_library(CSRC, folder))] if self.extensions else []
+        self.built = []
+        if self.extensions:
+            library = load_build().compile_library(CSRC, folder)
+            self.built = [str(library)]
+            # Of an earlier build in the same place: nothing would ever load them again.
+            for stale in folder.glob("fastadv_ops-*.so"):
+                if stale != library:
+                    stale.unlink()
 
     def get_outputs(self):
         return self.built

@@ -67,11 +67,12 @@ def parse(kind: type[T], default: T | None, args: Sequence[str], program: str, a
     except SystemExit as exit:
         if not exit.code:
             raise
-    # tyro draws a box: a title, the message, a rule, and help. The message is what a refusal's first line is for.
-    lines = [line.strip("\u2502\u256d\u256e\u2570\u256f\u2500 ") for line in said.getvalue().splitlines()[1:]]
-    message = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    # tyro draws a box, in lines or in ASCII: a title, the message, a rule, help. The message is what a refusal says.
+    lines = [line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]]
+    texts = "\n".join("" if not line.strip("\u2570\u2500\u256f-") else line for line in lines).strip().split("\n\n")
+    message = texts[0].replace("\n", " ")
     what, _, fix = message.partition(": ")[2].rpartition("; ") if message.startswith("Error parsing") else ("", "", "")
-    near = [line for line in lines if line.startswith("--")]
+    near = [line for line in lines if line.startswith("--") and line.strip("-")]
     hint = f"did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else f"see {program} --help"
     raise SettingsError(what or message, fix if what else hint)
 

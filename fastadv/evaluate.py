@@ -164,6 +164,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write report.json, curves.png and examples.png, print the table, and give what report.json holds."""
     report = {
+        "folder": str(folder),
         "strategy": recipe.strategy,
         "recipe_sha256": recipe.sha256,
         "reports": [dataclasses.asdict(report) for report in reports],

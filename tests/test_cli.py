@@ -170,7 +170,7 @@ def test_the_help_of_a_strategy_explains_every_field(capsys: pytest.CaptureFixtu
 
 
 def test_flags_override_single_fields_of_the_strategys_recipe() -> None:
-    found = parse(Recipe, Recipe(lr=0.5), ["--eps", "4/255", "--augment", "False"], "x", "y")
+    found = parse(Recipe, Recipe(lr=0.5), ["--eps", "4/255", "--no-augment"], "x", "y")
     assert (found.eps, found.lr, found.augment) == (4 / 255, 0.5, False)
 
 

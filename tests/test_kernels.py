@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import run_python
 from step_cases import DTYPES, SHAPES, assert_same_bits, flags, lengths, step_case
 
-from fastadv import ops, reference
+from fastadv import build, ops, reference
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there (not Linux)")
@@ -33,6 +34,25 @@ def test_the_comparison_sees_a_ball_that_is_rounded_plainly():
     result = interpret("plain-rounding")
     assert result.returncode == 1
     assert "assert_same_bits" in result.stderr
+
+
+@needs_triton
+def test_cuda_tensors_get_triton_or_say_why_not():
+    code = (
+        "import warnings\n"
+        "from fastadv import ops\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    print(ops.body('linf_step', 'cuda'), ops.body('linf_step', 'cuda:1'), [str(w.message) for w in caught])"
+    )
+    assert run_python(code, CC="cc") == "triton triton []\n"
+    # Triton needs a C compiler; the C++ library is there already and needs none.
+    build.library()
+    printed = run_python(code, CC="", PATH="")
+    assert printed.startswith("reference reference ['fastadv: Triton needs a C compiler and finds none;")
+    assert printed.count("To cure") == 1
+    with pytest.raises(AssertionError, match="FASTADV_OPS=native, but Triton needs a C compiler"):
+        run_python(code, CC="", PATH="", FASTADV_OPS="native")
 
 
 def test_the_folder_kernels_does_not_stand_in_for_the_package_of_that_name():
