@@ -17,8 +17,10 @@ OUT_OF_MEMORY = 6
 T = TypeVar("T")
 
 
-def command(main: Callable[[list[str]], dict[str, Any] | None], argv: Sequence[str] | None = None) -> int:
-    """Run ``main(argv)`` as a command and give its exit code.
+def command(
+    main: Callable[[list[str]], dict[str, Any] | None], argv: Sequence[str] | None = None, *, program: str = ""
+) -> int:
+    """Run ``main(argv)`` as the command ``program`` and give its exit code.
 
     0 ok, 2 settings or input, 3 data, 4 checkpoint or weights, 5 numerical, 6 out of memory, 75 stopped and resumable,
     130 Ctrl-C. ``--debug`` shows tracebacks; with ``--json`` the last line printed is what ``main`` returns, as JSON.
@@ -44,7 +46,7 @@ def command(main: Callable[[list[str]], dict[str, Any] | None], argv: Sequence[s
     except Exception as error:
         if debug or not _out_of_memory(error):
             if type(error).__name__ == "Stopped":
-                return _stopped(error, main.__module__)
+                return _stopped(error, program)
             raise
         return refuse(f"out of memory ({str(error).splitlines()[0]})", "--batch-size half as large", OUT_OF_MEMORY)
     finally:
@@ -90,5 +92,5 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _stopped(error: Exception, program: str) -> int:
-    print(f"stopped and saved; continue with: python -m {program} --resume {error}", file=sys.stderr)
+    print(f"stopped and saved; continue with: {program} --resume {error}", file=sys.stderr)
     return stopping.exit_code()

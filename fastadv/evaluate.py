@@ -273,4 +273,4 @@ def radii(text: str | None, default: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(command(main, program=PROGRAM))

@@ -60,4 +60,4 @@ def export(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(command(main, program=PROGRAM))

@@ -150,4 +150,4 @@ def describe(recipe: Recipe, splits: Splits, device: object) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(command(main, program=PROGRAM))
