@@ -89,7 +89,7 @@ setup(
         "timm>=1.0.20",
         "numpy>=2.0",
         "safetensors>=0.5",
-        "tyro>=1.0",
+        "tyro>=1.0.17",
         "rich>=13.7",
         "matplotlib>=3.9",
         "scikit-learn>=1.5",

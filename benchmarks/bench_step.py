@@ -83,6 +83,7 @@ def test_step(benchmark, bodies, name, shape):
     assert_same_step(body, shape)
     adv, grad, x = batch(shape)
     benchmark.extra_info.update(body=FUSED_BODY if name == "fused" else name, device=DEVICE)
+    benchmark.group = f"linf step {'x'.join(map(str, shape))} {DEVICE}"
     benchmark.pedantic(body, args=(adv, grad, x), rounds=7, warmup_rounds=1)
 
 
@@ -94,6 +95,7 @@ def test_step_ratio(benchmark, bodies):
     adv, grad, x = batch(shape)
     calls = {name: (lambda body=body: body(adv, grad, x)) for name, body in bodies.items()}
     taking_turns(calls, 1)
+    benchmark.group = "linf step, all bodies taking turns 9 times"
     seconds = benchmark.pedantic(taking_turns, args=(calls, 9), rounds=1)
     # Medians for the report; the promise is held to the best of each, which other processes disturb least.
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -10,7 +10,7 @@ import torch
 from fastadv import checkpoint, data, models, weightfile
 from fastadv.errors import SettingsError
 from fastadv.models import Classifier
-from fastadv.recipe import Recipe
+from fastadv.recipe import Recipe, read_recipe, read_settings
 from fastadv.seeds import mix
 from fastadv.strategies import load_all
 
@@ -24,7 +24,21 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device is {name!r}, which is not here", "--device cpu, or --device auto") from error
+    if found.type not in ("cpu", "cuda"):
+        raise SettingsError(f"device is {name!r}, which was not tried", "--device cpu, cuda or cuda:N")
     return found
+
+
+def saved_recipe(folder: Path) -> Recipe:
+    """The recipe of the run in ``folder``, of the kind that its strategy uses.
+
+    Raises SettingsError where there is no run, CheckpointError for a damaged recipe.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise SettingsError(f"no run in {folder}", "give a folder that holds a recipe.json")
+    strategy = load_all()[str(read_settings(path).get("strategy"))]
+    return read_recipe(path, type(strategy.recipe))
 
 
 def splits(recipe: Recipe) -> data.Splits:

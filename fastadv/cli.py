@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -41,20 +42,34 @@ def command(
         if debug:
             raise
         return refuse(error.what, error.fix, error.exit_code)
+    except stopping.Stopped as stop:
+        print(f"stopped and saved; continue with: {program} --resume {stop.folder}", file=sys.stderr)
+        return stopping.exit_code()
     except KeyboardInterrupt:
         return refuse("interrupted before anything was saved", "run the command again", 130)
     except Exception as error:
         if debug or not _out_of_memory(error):
-            if type(error).__name__ == "Stopped":
-                return _stopped(error, program)
             raise
-        return refuse(f"out of memory ({str(error).splitlines()[0]})", "--batch-size half as large", OUT_OF_MEMORY)
+        # Python's own MemoryError says nothing.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return refuse(f"out of memory ({reason})", "--batch-size half as large", OUT_OF_MEMORY)
     finally:
         warnings.formatwarning = formatwarning
         stopping.uninstall()
     if as_json and result is not None:
         print(json.dumps(result))
     return 0
+
+
+def pick(argv: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """The values of the flags ``names``, None where not given, and the other arguments. SettingsError for no value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(name)
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"{error.argument_name} has no value", f"{error.argument_name} VALUE") from error
 
 
 def parse(kind: type[T], default: T | None, args: Sequence[str], program: str, about: str) -> T:
@@ -73,10 +88,11 @@ def parse(kind: type[T], default: T | None, args: Sequence[str], program: str, a
     lines = [line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]]
     texts = "\n".join("" if not line.strip("\u2570\u2500\u256f-") else line for line in lines).strip().split("\n\n")
     message = texts[0].replace("\n", " ")
-    what, _, fix = message.partition(": ")[2].rpartition("; ") if message.startswith("Error parsing") else ("", "", "")
+    # What our own refusal says, as FastadvError joins it: the cure may hold another semicolon.
+    what, _, fix = message.partition(": ")[2].partition("; ") if message.startswith("Error parsing") else ("", "", "")
     near = [line for line in lines if line.startswith("--") and line.strip("-")]
     hint = f"did you mean {near[0]}?" if near and "Perhaps you meant:" in lines else f"see {program} --help"
-    raise SettingsError(what or message, fix if what else hint)
+    raise SettingsError(what, fix) if fix else SettingsError(message, hint)
 
 
 def refuse(what: str, fix: str, code: int) -> int:
@@ -89,8 +105,3 @@ def _out_of_memory(error: Exception) -> bool:
     # On the CPU torch raises a plain RuntimeError.
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-def _stopped(error: Exception, program: str) -> int:
-    print(f"stopped and saved; continue with: {program} --resume {error}", file=sys.stderr)
-    return stopping.exit_code()

@@ -20,7 +20,7 @@ from fastadv.data import ImageSet, in_order
 from fastadv.errors import DataError, SettingsError
 from fastadv.models import Classifier
 from fastadv.pgd import PGD
-from fastadv.recipe import Recipe, parse_number, read_recipe, show_pixels
+from fastadv.recipe import Recipe, parse_number, show_pixels
 from fastadv.runlog import environment, table
 from fastadv.seeds import generator
 from fastadv.threat import ThreatModel
@@ -66,7 +66,8 @@ class Report:
         return {
             "threat": f"{self.norm} {show_pixels(self.eps)}",
             "clean": percent(self.clean, self.clean_interval),
-            f"{self.attack} {self.verdict}": percent(self.robust, self.robust_interval),
+            "robust": percent(self.robust, self.robust_interval),
+            "attack": f"{self.attack}, {self.verdict} iterate",
             "images": str(self.n),
             "precision": self.precision,
             "seconds": f"{self.seconds:.1f}",
@@ -109,7 +110,7 @@ def measure(
                 logits = model(x)
             right = (logits.argmax(1) == y) & logits.isfinite().all(1)
             clean += int(right.sum())
-            if fast:
+            if fast and right.any():
                 noise = generator(device, seed, EVALUATION, n)
                 broken = fast.run(x[right], y[right], threat, generator=noise).success
                 robust += int((~broken).sum())
@@ -201,21 +202,21 @@ class Settings:
     data: str | None = None
     """Another place of the same data. Default: the run's own."""
     verdict: Literal["worst", "last"] = "worst"
-    """worst: every iterate must be classified right; last: only the last one (the papers' number)."""
+    """worst: every iterate must be classified right. last: the papers' number, only the last one, in rows beside it."""
     eval_steps: int | None = None
     """PGD steps. Default: the run's own."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of model and attack."""
     images: int | None = None
     """Evaluate the first so many test images only."""
-    batch_size: int = 256
-    """Images per batch."""
+    batch_size: int | None = None
+    """Images per batch. Default: four times that of training, as when the run ended."""
     seed: int | None = None
     """Seed of the attack's noise. Default: the run's own."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """Stop at an image that cannot be decoded, or skip and count it."""
+    """Stop at an image that cannot be decoded, or skip it; a run that skipped them skips them again."""
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
@@ -228,26 +229,30 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     settings = parse(
         Settings, None, argv[1:], f"{PROGRAM} RUN", "Evaluate a finished run again, from its folder alone."
     )
-    if not (folder / "recipe.json").exists():
-        raise SettingsError(f"no run in {folder}", "give a folder that holds a recipe.json and best/")
-    recipe = read_recipe(folder / "recipe.json")
-    recipe = dataclasses.replace(recipe, data=settings.data or recipe.data, on_bad_image=settings.on_bad_image)
+    for name, value in (("images", settings.images), ("batch-size", settings.batch_size)):
+        if value is not None and value < 1:
+            raise SettingsError(f"{name} is {value}", f"--{name} takes 1 or more")
+    recipe = assemble.saved_recipe(folder)
+    if not (folder / "best").exists():
+        raise SettingsError(f"the run in {folder} is not finished", f"finish it with --resume {folder}")
+    skips = "skip" in (recipe.on_bad_image, settings.on_bad_image)
+    recipe = dataclasses.replace(recipe, data=settings.data or recipe.data, on_bad_image="skip" if skips else "fail")
     model = assemble.trained(folder, recipe).to(assemble.device(settings.device))
     images = assemble.test_images(recipe)
-    if len(images.classes) != model.head.out_features:
+    trained_on = json.loads((folder / "split.json").read_text())["classes"]
+    if list(images.classes) != trained_on:
+        other = sorted(set(images.classes) ^ set(trained_on))
         raise DataError(
-            f"{recipe.data} has {len(images.classes)} classes, the run's model {model.head.out_features}",
+            f"{recipe.data} does not have the run's {len(trained_on)} classes: {', '.join(other[:5])} differ",
             "--data with the classes that the run was trained on",
         )
     if settings.images is not None:
         images = dataclasses.replace(
             images, images=images.images[: settings.images], labels=images.labels[: settings.images]
         )
-    attack = dataclasses.replace(
-        recipe.eval_attack,
-        steps=settings.eval_steps or recipe.eval_steps,
-        keep="last" if settings.verdict == "last" else "success",
-    )
+    steps = recipe.eval_steps if settings.eval_steps is None else settings.eval_steps
+    worst = dataclasses.replace(recipe.eval_attack, steps=steps)
+    attacks = [worst] if settings.verdict == "worst" else [worst, dataclasses.replace(worst, keep="last")]
     reports = [
         evaluate(
             model,
@@ -255,10 +260,11 @@ def main(argv: list[str]) -> dict[str, Any] | None:
             attack,
             ThreatModel(norm=recipe.norm, eps=eps),
             seed=recipe.seed if settings.seed is None else settings.seed,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 4 * recipe.batch_size,
             precision=settings.precision,
         )
         for eps in radii(settings.eps, recipe.eps)
+        for attack in attacks
     ]
     table([report.row() for report in reports])
     return {"run": str(folder), "reports": [dataclasses.asdict(report) for report in reports]}
@@ -268,7 +274,7 @@ def radii(text: str | None, default: float) -> list[float]:
     """The radii that ``text`` lists (``4/255,8/255``), or the default alone. Raises SettingsError for anything else."""
     try:
         return [default] if text is None else [parse_number(part) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise SettingsError(f"eps is {text!r}", "--eps 8/255, or several: --eps 4/255,8/255") from error
 
 

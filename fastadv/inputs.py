@@ -39,7 +39,7 @@ def check_inputs(
     _check_labels_kind(y, x)
     mask = None if mask is None else _check_mask(mask, x)
     if eps is None:
-        threat.check_radius(threat.eps, threat.eps, num_pixels=x[:1].numel() or 1)
+        threat.check_radius(threat.eps, threat.eps, num_pixels=x.shape[1:].numel())
         radius = torch.full((1,), threat.eps, dtype=torch.float32, device=x.device)
     else:
         radius = _check_eps_kind(eps, x)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from fastadv import weightfile
@@ -166,8 +167,24 @@ def load_backbone(model: Classifier, weights: str) -> str:
     given = {key.removeprefix("backbone."): value for key, value in weightfile.read(path).items()}
     given = {key: value for key, value in given.items() if not key.startswith(("head.", "fc."))}
     if isinstance(model.backbone, SwinTransformer):
-        given = checkpoint_filter_fn(given, model.backbone)
+        given = in_timm_layout(given)
     own = model.backbone.state_dict()
     weightfile.match(own, given)
     model.backbone.load_state_dict(given, strict=True)
     return str(path)
+
+
+def in_timm_layout(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Swin weights by timm's names.
+
+    Official files put a downsampling at the end of the stage before, and hold index buffers. timm 1.0.20's own filter
+    shifts a file in timm's layout too when its head is missing.
+    """
+    kept = {key: value for key, value in given.items() if not key.endswith(("attn_mask", "relative_position_index"))}
+    if "layers.0.downsample.reduction.weight" not in kept:
+        return kept
+    return {re.sub(r"^layers\.(\d+)\.downsample", _next_stage, key): value for key, value in kept.items()}
+
+
+def _next_stage(found: re.Match[str]) -> str:
+    return f"layers.{int(found[1]) + 1}.downsample"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from fastadv.cli import command
+from fastadv.cli import command, pick
 from fastadv.errors import SettingsError
 
 PROGRAM = "python -m fastadv.pretrain"
@@ -18,9 +17,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     """Pre-train, then write weights.safetensors (16 bit) and card.json; gives what card.json holds."""
     from fastadv.train import run_command
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--objective")
-    picked, flags = first.parse_known_args(argv)
+    picked, flags = pick(argv, "--objective")
     if picked.objective not in (None, *OBJECTIVES):
         raise SettingsError(f"unknown objective {picked.objective!r}", f"--objective {'|'.join(OBJECTIVES)}")
     if picked.objective is None and not any(flag.startswith("--resume") for flag in flags):
@@ -38,18 +35,18 @@ def export(folder: Path) -> dict[str, Any]:
     """Write the run's best weights in 16 bit, and a card whose numbers are measured on exactly those weights."""
     import json
 
-    import torch
     from safetensors.torch import save_file
 
     from fastadv import assemble
     from fastadv.evaluate import evaluate
-    from fastadv.recipe import read_recipe
     from fastadv.runlog import environment
 
-    recipe = read_recipe(folder / "recipe.json")
+    recipe = assemble.saved_recipe(folder)
     model = assemble.trained(folder, recipe)
-    state = {name: value.to(torch.float16).contiguous() for name, value in model.state_dict().items()}
+    # Counters, as those of BatchNorm, are no numbers to round.
+    state = {name: v.half().contiguous() if v.is_floating_point() else v for name, v in model.state_dict().items()}
     model.load_state_dict(state)
+    model.to(assemble.device(recipe.device))
     images = assemble.test_images(recipe)
     report = evaluate(model, images, recipe.eval_attack, recipe.threat, seed=recipe.seed)
     save_file(state, folder / "weights.safetensors", metadata={"model": recipe.model, "objective": recipe.strategy})

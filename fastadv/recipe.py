@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastadv.errors import SettingsError
+from fastadv.errors import CheckpointError, SettingsError
 from fastadv.pgd import PGD
 from fastadv.registry import did_you_mean
 from fastadv.threat import ThreatModel
@@ -21,6 +21,8 @@ from fastadv.threat import ThreatModel
 def parse_number(text: str) -> float:
     """The float that ``text`` says: ``0.03`` or, as the field writes it, ``8/255``. Raises ValueError."""
     top, slash, bottom = text.partition("/")
+    if slash and float(bottom) == 0:
+        raise ValueError(f"{text} divides by zero")
     return float(top) / float(bottom) if slash else float(text)
 
 
@@ -85,7 +87,7 @@ class Recipe:
 
     probe_epochs: int = 20
     """Epochs of the linear probe: roli's first stage, linear's only one."""
-    probe_lr: float = 1e-2
+    probe_lr: float = 0.03
     """Peak learning rate of the linear probe."""
     epochs: int = 20
     """Epochs of fine-tuning."""
@@ -107,15 +109,21 @@ class Recipe:
     val_every: int = 1
     """Validate every so many epochs, and after a stage's last."""
     checkpoint_minutes: float = 5.0
-    """Save inside an epoch when the last checkpoint is older; every validated epoch is saved too."""
+    """Save inside an epoch when the last checkpoint is older; every epoch's end is saved too."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of training and of its attack: bf16 where the device has it natively. Evaluation is always fp32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        self.threat  # noqa: B018 - building them checks norm, eps, steps and step size
-        self.train_attack, self.eval_attack  # noqa: B018
+        threat = self.threat  # building it checks norm and eps
+        for name in ("train_steps", "eval_steps"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("step_size", "eval_step_size"):
+            value = getattr(self, name)
+            _check(name, value, 0 <= value < math.inf, "0 or more, as in 2/255")
+            threat.check_step(value)
+        _check("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes >= 0, "0 or more")
         for name in ("probe_epochs", "epochs", "batch_size", "val_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("image_size", "per_class", "val_images"):
@@ -154,9 +162,23 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What the recipe saved at ``path`` holds, by field. Raises CheckpointError for a file that is no recipe."""
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} is not a recipe (cut off?)", "bring it back as it was, or start a new run")
+    return saved
+
+
 def read_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
-    """The recipe saved at ``path``. Raises SettingsError for a field this version does not know."""
-    saved: dict[str, Any] = json.loads(path.read_text())
+    """The recipe saved at ``path``. Raises SettingsError for a field this version does not know.
+
+    CheckpointError for a file that is no recipe.
+    """
+    saved = read_settings(path)
     known = {field.name for field in dataclasses.fields(kind)}
     for name in saved:
         if name not in known:

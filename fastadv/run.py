@@ -22,14 +22,6 @@ from fastadv.runlog import Progress, RunLog, environment
 KEPT = ("stage", "stage_step", "step", "loss_sum", "best", "history")
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; it was saved first. ``folder`` is the run to resume."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self.folder = folder
-
-
 class Run:
     """The state of a run. Everything in it that matters for the weights is in every checkpoint."""
 
@@ -133,7 +125,7 @@ class Run:
         learners: dict[str, nn.Parameter] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """Write a checkpoint of this very step, drop older ones; then, if a signal asked for it, raise Stopped."""
+        """Write a checkpoint of this very step and drop older ones; then raise Stopped if a signal asked for it."""
         self._gather_loss()
         files = {"model.safetensors": model.state_dict()}
         if optimizer is not None and learners is not None:
@@ -146,7 +138,7 @@ class Run:
         self._saved_at = time.monotonic()
         if stopping.requested():
             self.log.event("stop", step=self.step)
-            raise Stopped(self.folder)
+            raise stopping.Stopped(self.folder)
 
     def end_epoch(self, epoch: int, model: Classifier, metrics: dict[str, float] | None, lr: float) -> None:
         """Log the epoch; keep the weights as best/ when their validation accuracy is the stage's highest."""

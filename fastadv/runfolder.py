@@ -18,6 +18,16 @@ class LockWarning(UserWarning):
     """A run folder lies on a file system without locks."""
 
 
+def check_new(path: Path) -> None:
+    """Raise SettingsError where a new run at ``path`` could overwrite a run, a file or a device. Makes nothing."""
+    run = Path(path)
+    if not run.is_dir() and (run.exists() or run.is_symlink()):
+        raise SettingsError(f"--out is not a folder ({run})", "choose a new folder with --out OTHER")
+    # Hidden names are ours (a lock, leftovers of a kill) or the system's: no run is lost with them.
+    if run.is_dir() and any(not entry.name.startswith(".") for entry in run.iterdir()):
+        raise SettingsError(f"the run folder exists already ({run})", f"--resume {run}, or --out OTHER")
+
+
 def run_folder(path: Path, resume: bool = False) -> Path:
     """The folder of a run, writable: a new or empty one, or with ``resume`` one that exists. Parents are made.
 
@@ -28,12 +38,9 @@ def run_folder(path: Path, resume: bool = False) -> Path:
     try:
         if resume and not run.is_dir():
             raise CheckpointError(f"there is no run to resume at {run}", "give --resume the folder of a run")
-        if not run.is_dir() and (run.exists() or run.is_symlink()):
-            raise SettingsError(f"--out is not a folder ({run})", "choose a new folder with --out OTHER")
+        if not resume:
+            check_new(run)
         run.mkdir(parents=True, exist_ok=True)
-        # Hidden names are ours (a lock, leftovers of a kill) or the system's: no run is lost with them.
-        if not resume and any(not entry.name.startswith(".") for entry in run.iterdir()):
-            raise SettingsError(f"the run folder exists already ({run})", f"--resume {run}, or --out OTHER")
         with tempfile.TemporaryFile(dir=run):
             return run
     except OSError as error:

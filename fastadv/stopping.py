@@ -23,6 +23,14 @@ EXIT_CODES = {0: 0, int(signal.SIGTERM): 75, int(signal.SIGINT): 130}
 AT_ONCE_SECONDS = 2.0
 
 
+class Stopped(Exception):
+    """A signal asked a run to stop; it was saved first. ``folder`` is the run to resume."""
+
+    def __init__(self, folder: object) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+
+
 class _State:
     """What the handlers of this process know; one per process, like the handlers."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastadv import stopping
-from fastadv.cli import command, parse
+from fastadv.cli import command, parse, pick
 from fastadv.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -22,37 +21,30 @@ if TYPE_CHECKING:
 PROGRAM = "python -m fastadv.train"
 
 # What a recipe becomes on the built-in digits: minutes on two cores, where the paper's setting takes an hour.
-DEMO = {"train_steps": 3, "step_size": 4 / 255, "probe_epochs": 4, "epochs": 8, "val_every": 2}
+DEMO = {"train_steps": 3, "step_size": 4 / 255, "probe_epochs": 4, "probe_lr": 0.1, "epochs": 8, "val_every": 2}
 # Without native bf16 every pass takes twice as long.
 DEMO_FP32 = {**DEMO, "probe_epochs": 2, "epochs": 4}
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Train what the command line says; gives what report.json holds."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--strategy")
-    picked, flags = first.parse_known_args(argv)
+    picked, flags = pick(argv, "--strategy")
     return run_command(PROGRAM, picked.strategy, flags)
 
 
 def run_command(program: str, name: str | None, flags: Sequence[str]) -> dict[str, Any] | None:
     """``--resume RUN``, or a new run of strategy ``name``, ``flags`` over its recipe. None after a mere listing."""
-    from fastadv.recipe import read_recipe
+    from fastadv import assemble
     from fastadv.strategies import load_all
 
     strategies = load_all()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--resume", type=Path)
-    first.add_argument("--out", type=Path)
-    picked, rest = first.parse_known_args(flags)
+    picked, rest = pick(flags, "--resume", "--out")
     if picked.resume:
         if rest or name or picked.out:
             raise SettingsError(
                 f"--resume {picked.resume} with other flags", "a run goes on with its own recipe: drop them"
             )
-        if not (picked.resume / "recipe.json").exists():
-            raise SettingsError(f"no run in {picked.resume}", "give a folder that holds a recipe.json")
-        return train(read_recipe(picked.resume / "recipe.json"), picked.resume, resume=True)
+        return train(assemble.saved_recipe(Path(picked.resume)), Path(picked.resume), resume=True)
     if name is None:
         width = max(map(len, strategies))
         print(f"usage: {program} --strategy NAME [--data DATA] [--out FOLDER] ...\n       {program} --resume FOLDER\n")
@@ -64,13 +56,19 @@ def run_command(program: str, name: str | None, flags: Sequence[str]) -> dict[st
     chosen = strategies[name]
     default = with_demo(dataclasses.replace(chosen.recipe, strategy=name), rest)
     recipe = parse(type(default), default, rest, f"{program} --strategy {name}", chosen.summary)
-    folder = picked.out or free_folder(f"{name}-{Path(recipe.data.partition(':')[0]).stem}")
+    folder = Path(picked.out) if picked.out else free_folder(f"{name}-{Path(recipe.data.partition(':')[0]).stem}")
     # Absolute, so that the run can be evaluated from any folder.
     return train(dataclasses.replace(recipe, data=absolute(recipe.data), weights=absolute(recipe.weights)), folder)
 
 
 def absolute(name: str) -> str:
     """``name`` with the path in it, if there is one (``PATH`` or ``cifar10:PATH``), made absolute."""
+    from fastadv.models import SHIPPED
+    from fastadv.sources import BUILT_IN
+
+    if name in (*BUILT_IN, *SHIPPED, "none"):
+        # Also where a file or folder here happens to be called so.
+        return name
     before, colon, path = name.rpartition(":")
     return f"{before}{colon}{Path(path).resolve()}" if path and Path(path).exists() else name
 
@@ -89,9 +87,7 @@ def with_demo(recipe: Recipe, flags: Sequence[str]) -> Recipe:
     from fastadv import assemble
     from fastadv.engine import native_bf16
 
-    data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    data.add_argument("--data", default=recipe.data)
-    if recipe.data != "digits" or data.parse_known_args(flags)[0].data != "digits":
+    if recipe.data != "digits" or pick(flags, "--data")[0].data not in (None, "digits"):
         return recipe
     smaller: dict[str, Any] = DEMO if native_bf16(assemble.device("auto")) else DEMO_FP32
     return dataclasses.replace(recipe, **smaller)
@@ -102,11 +98,14 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
     from fastadv import assemble
     from fastadv.evaluate import evaluate, write_report
     from fastadv.run import Run
+    from fastadv.runfolder import check_new
     from fastadv.runlog import Progress
     from fastadv.strategies import load_all
     from fastadv.trainer import fit
 
     began = time.monotonic()
+    if not resume:
+        check_new(folder)
     strategy = load_all()[recipe.strategy]
     device = assemble.device(recipe.device)
     splits = assemble.splits(recipe)
@@ -127,7 +126,10 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
                     fit(model, stage, splits, recipe, run)
                     run.finish_stage(model)
         run.pick_up(model)
-        report = evaluate(model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed)
+        batch_size = 4 * recipe.batch_size
+        report = evaluate(
+            model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed, batch_size=batch_size
+        )
         run.log.event("report", **dataclasses.asdict(report))
         seconds = time.monotonic() - began
         return write_report(folder, recipe, model, splits.test, [report], run.history, seconds)

@@ -28,6 +28,11 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
     gets no gradient, Stopped (after saving) when a signal asked for it.
     """
     device = model.mean.device
+    if run.stage_step == 0:
+        # Saved at the end of the stage before, without the modules that this one's tuning adds.
+        run.pick_up(model)
+    # What they start from must not depend on whether the run was resumed.
+    torch.manual_seed(mix(recipe.seed, run.stage, 1))
     training = stage.tuning(model)
     learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = adamw(learners, stage)
@@ -187,7 +192,8 @@ class Guard:
         self.host.copy_(torch.stack([bad.float(), loss.detach().float()]), non_blocking=True)
         self.pending = True
         if self.arrived is not None:
-            self.arrived.record()
+            # The learners' device need not be the current one.
+            self.arrived.record(torch.cuda.current_stream(self.parameters[0].device))
 
     def settle(self) -> None:
         """Read the flag of the update before: by now it has arrived. Raises NumericalError when it is set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastadv import evaluate, pretrain, train
-from fastadv.checkpoint import CheckpointWarning, steps
+from fastadv import assemble, evaluate, models, pretrain, train
+from fastadv.checkpoint import CheckpointWarning, save, steps
 from fastadv.cli import command, parse
+from fastadv.data import ImageSet
 from fastadv.errors import CheckpointError, DataError, NumericalError, SettingsError
 from fastadv.recipe import Recipe
 
@@ -53,13 +55,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--strategy", "linear", "--eps", "8"], "eps is 8", "did you mean 8/255?"),
         (["--strategy", "linear", "--eps", "nan"], "eps is nan", ""),
         (["--strategy", "linear", "--eps", "-1/255"], "eps is -0.00392157", ""),
-        (["--strategy", "linear", "--train-steps", "-1"], "steps is -1", ""),
+        (["--strategy", "linear", "--eps", "8/0"], "--eps", "--help"),
+        (["--strategy", "linear", "--train-steps", "-1"], "train_steps is -1", "--train-steps"),
+        (["--strategy", "linear", "--eval-step-size", "-1"], "eval_step_size is -1", "--eval-step-size"),
+        (["--strategy", "linear", "--step-size", "2"], "step_size is 2", "did you mean 2/255?"),
+        (["--strategy", "linear", "--data"], "--data has no value", "--data VALUE"),
+        (["--strategy"], "--strategy has no value", "--strategy VALUE"),
         (["--strategy", "linear", "--lrr", "1"], "Unrecognized options: --lrr", "did you mean --lr"),
         (["--strategy", "linear", "--norm", "l3"], "invalid choice 'l3'", "--help"),
         (["--strategy", "linear", "--epochs", "x"], "--epochs", "--help"),
         (["--strategy", "linear", "--model", "swin_micro_46"], "unknown model 'swin_micro_46'", "swin_micro_64"),
         (["--strategy", "linear", "--weights", "nowhere.pth"], "no weights at 'nowhere.pth'", "--weights"),
         (["--strategy", "linear", "--device", "cuda:99"], "device is 'cuda:99'", "--device cpu"),
+        (["--strategy", "linear", "--device", "meta"], "device is 'meta'", "--device cpu"),
         (["--resume", "nowhere"], "no run in nowhere", "recipe.json"),
         (["--epochs", "3"], "no strategy given", "--strategy"),
     ],
@@ -127,6 +135,7 @@ def test_an_existing_run_folder_is_left_alone(capsys: pytest.CaptureFixture[str]
         (NumericalError("a", "b"), 5),
         (torch.OutOfMemoryError("CUDA out of memory"), 6),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 6),
+        (MemoryError(), 6),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -198,6 +207,7 @@ def test_evaluate_gives_one_row_for_each_eps_and_falls_with_it(
         (["nowhere"], 2, "no run in nowhere"),
         (["RUN", "--eps", "eight"], 2, "eps is 'eight'"),
         (["RUN", "--eps", "8"], 2, "eps is 8"),
+        (["RUN", "--images", "-3"], 2, "images is -3"),
         (["RUN", "--data", "nowhere"], 3, "nowhere"),
     ],
 )
@@ -206,6 +216,46 @@ def test_evaluate_refuses(
 ) -> None:
     found, what, _ = refused(capsys, evaluate.main, *[str(finished) if arg == "RUN" else arg for arg in argv])
     assert (found, said in what) == (code, True)
+
+
+def test_evaluate_takes_zero_steps_at_its_word(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    assert command(evaluate.main, [str(finished), "--eval-steps", "0", "--images", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reports"][0]["attack"] == "PGD-0"
+
+
+def test_evaluate_skips_what_the_run_skipped(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "best", folder / "best")
+    saved = json.loads((finished / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps(saved | {"on_bad_image": "skip"}))
+    asked = []
+
+    def test_images(recipe: Recipe) -> None:
+        asked.append(recipe.on_bad_image)
+        raise DataError("a", "b")
+
+    monkeypatch.setattr(assemble, "test_images", test_images)
+    for run in (folder, finished):
+        assert refused(capsys, evaluate.main, run)[0] == 3
+    assert asked == ["skip", "fail"]
+
+
+def test_a_name_of_ours_is_no_path_whatever_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "cifar10", "robust", "flowers"):
+        (tmp_path / name).mkdir()
+    assert [train.absolute(name) for name in ("digits", "cifar10", "robust")] == ["digits", "cifar10", "robust"]
+    assert train.absolute("flowers") == str(tmp_path / "flowers")
+    assert train.absolute("cifar10:flowers") == f"cifar10:{tmp_path / 'flowers'}"
+
+
+def test_a_damaged_recipe_exits_with_4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"strategy": "lin')
+    for main, argv in ((train.main, ["--resume", tmp_path]), (evaluate.main, [tmp_path])):
+        code, what, _ = refused(capsys, main, *argv)
+        assert (code, "recipe.json is not a recipe" in what) == (4, True)
 
 
 def test_a_finished_run_resumes_to_its_result(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
@@ -262,6 +312,22 @@ def test_pretrain_writes_rounded_weights_and_a_card_about_them(
     assert (code, "adverse" in what) == (2, True)
 
 
+def test_counters_are_not_rounded_in_exported_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(strategy="pretrain-standard", model="resnet18", weights="none", image_size=32, eval_steps=1)
+    model = models.create("resnet18", 10, image_size=32)
+    # More than float16 can count to.
+    model.backbone.bn1.num_batches_tracked.fill_(100_001)
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    save(tmp_path / "best", {"model.safetensors": model.state_dict()}, {})
+    images = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), tuple("abcdefghij"))
+    monkeypatch.setattr(assemble, "test_images", lambda recipe: images)
+    pretrain.export(tmp_path)
+    again = models.create("resnet18", 10, image_size=32)
+    models.load_backbone(again, str(tmp_path / "weights.safetensors"))
+    assert again.backbone.bn1.num_batches_tracked.item() == 100_001
+    assert torch.equal(again.backbone.conv1.weight, model.backbone.conv1.weight.half().float())
+
+
 def test_the_package_imports_lightly_and_from_anywhere(tmp_path: Path) -> None:
     code = (
         "import sys, fastadv.train, fastadv.cli; assert 'torch' not in sys.modules\n"
@@ -269,3 +335,28 @@ def test_the_package_imports_lightly_and_from_anywhere(tmp_path: Path) -> None:
         "import fastadv.pgd; assert fastadv.pgd.PGD is PGD"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_the_papers_verdict_stands_beside_the_strict_one(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    assert command(evaluate.main, [str(finished), "--verdict", "last", "--images", "60", "--json"]) == 0
+    worst, last = json.loads(capsys.readouterr().out.splitlines()[-1])["reports"]
+    assert (worst["verdict"], last["verdict"]) == ("worst", "last")
+    assert worst["robust"] <= last["robust"] <= worst["clean"]
+
+
+def test_evaluate_wants_the_classes_of_the_run(
+    capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path
+) -> None:
+    rows = np.zeros((40, 64, 64, 3), np.uint8)
+    for name in ("train", "test"):
+        np.savez(tmp_path / f"{name}.npz", images=rows, labels=np.arange(40) % 10, classes=[f"c{i}" for i in range(10)])
+    code, what, _ = refused(capsys, evaluate.main, finished, "--data", tmp_path)
+    assert (code, "does not have the run's 10 classes" in what) == (3, True)
+
+
+def test_an_unfinished_run_is_not_called_damaged(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    best, away = finished / "best", finished / "away"
+    best.rename(away)
+    code, what, cure = refused(capsys, evaluate.main, finished)
+    away.rename(best)
+    assert (code, "is not finished" in what, f"--resume {finished}" in cure) == (2, True, True)

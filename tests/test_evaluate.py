@@ -62,6 +62,12 @@ def test_nan_logits_count_as_wrong() -> None:
     assert measure(Nan(), images(), None, ThreatModel(), batch_size=8).clean == 0
 
 
+def test_a_batch_with_no_image_right_is_robust_nowhere() -> None:
+    dark = ImageSet(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.ones(3, dtype=torch.int64), ("dark", "bright"))
+    found = measure(Brightness(), dark, ATTACK, ThreatModel("l2", 2.0))
+    assert (found.n, found.clean, found.robust) == (3, 0, 0)
+
+
 def test_the_report_names_its_conditions() -> None:
     report = evaluate(Brightness(), images(), ATTACK, ThreatModel(eps=8 / 255), seed=3)
     assert (report.n, report.eps, report.attack, report.verdict) == (8, 8 / 255, "PGD-5", "worst")

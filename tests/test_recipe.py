@@ -32,6 +32,11 @@ def test_pixels_are_read_as_the_field_writes_them(text: str, value: float) -> No
     assert parse_number(text) == value
 
 
+def test_a_division_by_zero_is_no_number() -> None:
+    with pytest.raises(ValueError, match="divides by zero"):
+        parse_number("8/0")
+
+
 def test_pixels_are_shown_as_the_field_writes_them() -> None:
     assert [show_pixels(v) for v in (8 / 255, 0.5, 0.0, 1.0)] == ["8/255", "0.5", "0", "255/255"]
 
@@ -42,7 +47,10 @@ def test_pixels_are_shown_as_the_field_writes_them() -> None:
         ("eps", 8.0, "did you mean 8/255"),
         ("eps", -0.1, "eps"),
         ("eps", float("nan"), "eps"),
-        ("train_steps", -1, "steps"),
+        ("train_steps", -1, "--train-steps"),
+        ("eval_step_size", -0.1, "--eval-step-size"),
+        ("step_size", 2.0, "did you mean 2/255"),
+        ("checkpoint_minutes", float("nan"), "--checkpoint-minutes"),
         ("lr", 0.0, "--lr"),
         ("batch_size", 0, "--batch-size"),
         ("warmup", 1.0, "--warmup"),

@@ -106,6 +106,26 @@ def test_a_name_is_registered_once_and_an_unknown_one_gets_a_hint() -> None:
         STRATEGIES["roli-ful"]
 
 
+def test_a_strategy_needs_a_docstring() -> None:
+    with pytest.raises(SettingsError, match="'silent' has no docstring"):
+        strategy("silent", source="arXiv:2312.05716")(lambda recipe: iter(()))
+    assert "silent" not in STRATEGIES
+
+
+def test_a_strategys_own_settings_come_back_from_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Ranked(Recipe):
+        """A recipe with a field more."""
+
+        rank: int = 4
+
+    chosen = dataclasses.replace(STRATEGIES["linear"], name="ranked", recipe=Ranked())
+    monkeypatch.setitem(STRATEGIES._items, "ranked", chosen)
+    recipe = Ranked(strategy="ranked", rank=8)
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert assemble.saved_recipe(tmp_path) == recipe
+
+
 def test_linear_probing_keeps_the_backbone_in_eval_mode() -> None:
     model = create("resnet18", 3)
     assert linear(model) == [model.head]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,32 @@ def test_catastrophic_overfitting_is_told_from_ordinary_training() -> None:
     check_overfitting({"one_step": 0.05, "robust": 0.01}, 3)
     with pytest.raises(NumericalError, match=r"catastrophic overfitting in epoch 4: 80.0% .* 2.0%"):
         check_overfitting({"one_step": 0.80, "robust": 0.02}, 3)
+
+
+def test_a_stage_that_adds_modules_is_resumed_from_the_end_of_the_one_before(tmp_path: Path) -> None:
+    """The checkpoint found there knows nothing of these modules, and they start as in a run that was not killed."""
+
+    def with_branch(model: Classifier) -> list[nn.Module]:
+        model.requires_grad_(False)
+        model.head = nn.Sequential(model.head, nn.Linear(10, 10)).requires_grad_(True)
+        return [model.head]
+
+    splits, stages = assemble.splits(RECIPE), [stage(), stage(name="branch", tuning=with_branch)]
+    whole = assemble.model(RECIPE, 10)
+    with Progress() as progress, Run(tmp_path / "run", RECIPE, progress, stages=2) as run:
+        run.begin(splits)
+        fit(whole, stages[0], splits, RECIPE, run)
+        run.finish_stage(whole)
+        shutil.copytree(tmp_path / "run", tmp_path / "killed")
+        fit(whole, stages[1], splits, RECIPE, run)
+    torch.manual_seed(1)
+    again = assemble.model(RECIPE, 10)
+    with Progress() as progress, Run(tmp_path / "killed", RECIPE, progress, stages=2, resume=True) as run:
+        run.begin(splits)
+        stages[0].tuning(again)
+        fit(again, stages[1], splits, RECIPE, run)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
 
 
 def test_the_epoch_is_logged_with_its_accuracies(tmp_path: Path) -> None:

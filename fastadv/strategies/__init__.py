@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from fastadv.errors import SettingsError
 from fastadv.heads import HeadStart
 from fastadv.losses import TrainingLoss
 from fastadv.recipe import Recipe
@@ -66,6 +67,8 @@ def strategy(
     """Register the decorated generator of stages under ``name``; it needs a docstring and a ``source``."""
 
     def register(stages: Callable[[Recipe], Iterator[Stage]]) -> Callable[[Recipe], Iterator[Stage]]:
+        if not (stages.__doc__ or "").strip():
+            raise SettingsError(f"strategy {name!r} has no docstring", "say in a line what it does: --help shows it")
         STRATEGIES.add(name, Strategy(name=name, stages=stages, recipe=recipe or Recipe(), source=source))
         return stages
 
