@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import sys
@@ -12,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastadv import stopping
-from fastadv.errors import FastadvError, SettingsError
+from fastadv.errors import CheckpointError, FastadvError, SettingsError
 
 OUT_OF_MEMORY = 6
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 T = TypeVar("T")
 
 
@@ -47,6 +49,11 @@ def command(
         return stopping.exit_code()
     except KeyboardInterrupt:
         return refuse("interrupted before anything was saved", "run the command again", 130)
+    except OSError as error:
+        if debug or error.errno not in NOT_WRITTEN:
+            raise
+        what = f"could not write {error.filename or 'a file of the run'}: {error.strerror}"
+        return refuse(what, "free some space or make it writable, then --resume the run", CheckpointError.exit_code)
     except Exception as error:
         if debug or not _out_of_memory(error):
             raise

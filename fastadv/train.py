@@ -141,6 +141,8 @@ def describe(recipe: Recipe, splits: Splits, device: object) -> Iterator[str]:
 
     sizes = f"{len(splits.train)} train, {len(splits.val)} val, {len(splits.test)} test images"
     yield f"{recipe.data}: {sizes}, {len(splits.train.classes)} classes"
+    if recipe.data == "digits":
+        yield f"a demonstration, smaller than the paper's PGD-7 recipe: {recipe.probe_epochs}+{recipe.epochs} epochs"
     if splits.skipped:
         yield f"{len(splits.skipped)} files could not be decoded and were left out, first {splits.skipped[0]}"
     if splits.num_shared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -136,6 +137,7 @@ def test_an_existing_run_folder_is_left_alone(capsys: pytest.CaptureFixture[str]
         (torch.OutOfMemoryError("CUDA out of memory"), 6),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 6),
         (MemoryError(), 6),
+        (OSError(errno.ENOSPC, "No space left on device", "report.json"), 4),
         (KeyboardInterrupt(), 130),
     ],
 )
