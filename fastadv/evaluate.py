@@ -67,9 +67,8 @@ class Report:
             "threat": f"{self.norm} {show_pixels(self.eps)}",
             "clean": percent(self.clean, self.clean_interval),
             "robust": percent(self.robust, self.robust_interval),
-            "attack": f"{self.attack}, {self.verdict} iterate",
+            "attack": f"{self.attack} {self.verdict}, {self.precision}",
             "images": str(self.n),
-            "precision": self.precision,
             "seconds": f"{self.seconds:.1f}",
         }
 

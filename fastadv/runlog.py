@@ -213,7 +213,8 @@ def table(rows: Sequence[Mapping[str, str]], console: Console | None = None) -> 
     if _is_terminal(console):
         drawn = rich.table.Table()
         for index, name in enumerate(names):
-            drawn.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
+            # A narrow terminal wraps a cell; it must not cut a number off.
+            drawn.add_column(Text(name), justify="right" if index else "left", overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(row[name]) for name in names))
         console.print(drawn)

@@ -131,8 +131,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
             model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed, batch_size=batch_size
         )
         run.log.event("report", **dataclasses.asdict(report))
-        seconds = time.monotonic() - began
-        return write_report(folder, recipe, model, splits.test, [report], run.history, seconds)
+    # The progress bar is closed: the table below it stays.
+    return write_report(folder, recipe, model, splits.test, [report], run.history, time.monotonic() - began)
 
 
 def describe(recipe: Recipe, splits: Splits, device: object) -> Iterator[str]:
