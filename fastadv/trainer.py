@@ -186,6 +186,7 @@ class Guard:
         bad = ~(loss.detach().isfinite() & total.isfinite())
         if health is not None:
             bad |= health.bad.any()
+        # Not in torch's annotations, but how its GradScaler tells a fused optimizer to skip an update.
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
         self.largest = norms if self.largest is None else torch.maximum(self.largest, norms)
         self.steps += 1

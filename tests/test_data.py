@@ -36,7 +36,7 @@ def numbered(num: int) -> ImageSet:
 
 def epoch(images: ImageSet, batch_size: int, **changes: object) -> list[tuple[Tensor, Tensor]]:
     settings: dict[str, object] = {"seed": 0, "epoch": 0, "augment": True, "device": "cpu", **changes}
-    return list(shuffled(images, batch_size=batch_size, **settings))  # type: ignore[arg-type]
+    return list(shuffled(images, batch_size=batch_size, **settings))
 
 
 def all_equal(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
@@ -125,7 +125,7 @@ def test_more_validation_than_training_images_are_refused(
 )
 def test_settings_out_of_range_are_refused(setting: str, value: object) -> None:
     with pytest.raises(SettingsError, match=f"{setting} is {value!r}") as caught:
-        load("digits", **{setting: value})  # type: ignore[arg-type]
+        load("digits", **{setting: value})
     assert f"--{setting.replace('_', '-')}" in caught.value.fix
 
 

@@ -20,7 +20,7 @@ LABELS = np.arange(10) % 3
 
 
 def write(path: Path, **arrays: object) -> Path:
-    np.savez(path, **{"images": PIXELS, "labels": LABELS, **arrays})  # type: ignore[arg-type]
+    np.savez(path, **{"images": PIXELS, "labels": LABELS, **arrays})
     return path
 
 
@@ -31,7 +31,7 @@ def test_a_file_comes_back_as_it_was(
 ) -> None:
     monkeypatch.setattr(npz, "BLOCK", 4)
     names = np.array(["a", "b", "c"])
-    save(tmp_path / "set.npz", images=PIXELS, labels=LABELS.astype(dtype), classes=names)  # type: ignore[operator]
+    save(tmp_path / "set.npz", images=PIXELS, labels=LABELS.astype(dtype), classes=names)
     file = npz.inspect(tmp_path / "set.npz")
     assert file.classes == ("a", "b", "c") and file.labels.dtype == np.int64 and (file.labels == LABELS).all()
     rows = np.array([7, 0, 9])
@@ -113,7 +113,7 @@ def test_a_file_cut_in_half_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_flipped_bit_in_the_pixels_is_noticed(tmp_path: Path, save: object) -> None:
     path = tmp_path / "set.npz"
-    save(path, images=np.tile(PIXELS, (100, 1, 1, 1)), labels=np.tile(LABELS, 100))  # type: ignore[operator]
+    save(path, images=np.tile(PIXELS, (100, 1, 1, 1)), labels=np.tile(LABELS, 100))
     file = npz.inspect(path)
     assert file.read(np.arange(10), None, Store(), False)[0].shape == (10, 3, 4, 6)
     raw = bytearray(path.read_bytes())
