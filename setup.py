@@ -76,7 +76,7 @@ setup(
     packages=[*find_packages(include=["fastadv", "fastadv.*"]), "fastadv.kernels", "fastadv.csrc"],
     package_dir={"fastadv.kernels": "kernels", "fastadv.csrc": "csrc"},
     package_data={
-        "fastadv": ["py.typed", "weights/*"],
+        "fastadv": ["py.typed", "weights/*", "templates/*"],
         "fastadv.csrc": ["*.cpp", "*.h", "README.md"],
     },
     ext_modules=ops(),
@@ -94,6 +94,7 @@ setup(
         "matplotlib>=3.9",
         "scikit-learn>=1.5",
         "pillow>=10.3",
+        "jinja2>=3.1",
     ],
     extras_require={
         "test": ["pytest>=8.3", "pytest-benchmark>=5.1", "hypothesis>=6.100"],

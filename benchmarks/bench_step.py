@@ -5,9 +5,9 @@ take turns, so that a noisy machine disturbs all of them alike.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
+import clock
 import pytest
 import torch
 from torch import Tensor
@@ -59,21 +59,8 @@ def assert_same_step(body: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tu
 
 
 def taking_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each body, one call of each per round, device-synchronised."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            _synchronise()
-            start = time.perf_counter()
-            call()
-            _synchronise()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronise() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    """Wall seconds per call of each body, one call of each per round, device-synchronised."""
+    return {name: [turn.wall for turn in turns] for name, turns in clock.taking_turns(calls, rounds).items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))

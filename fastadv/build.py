@@ -27,6 +27,8 @@ FLAGS = (
     # The oldest torch the library has to load into: 2.11.
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
+# On top of these, by source. Window attention promises a tolerance, not bits: a product and a sum may be one fma.
+MORE_FLAGS = {"window_attention.cpp": ("-ffp-contract=fast",)}
 
 
 class BuildError(RuntimeError):
@@ -62,7 +64,11 @@ def compile_library(sources: Path, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as scratch:
             objects = {source: Path(scratch, source.stem + ".o") for source in _units(sources)}
-            _run_together([[*compiler, *flags, "-c", str(source), "-o", str(o)] for source, o in objects.items()])
+            commands = [
+                [*compiler, *flags, *MORE_FLAGS.get(source.name, ()), "-c", str(source), "-o", str(compiled)]
+                for source, compiled in objects.items()
+            ]
+            _run_together(commands)
             built = Path(scratch, target.name)
             _run_together([[*compiler, "-shared", *map(str, objects.values()), "-o", str(built), *link]])
             with built.open("rb") as file:
@@ -75,7 +81,7 @@ def compile_library(sources: Path, folder: Path) -> Path:
 
 def library_name(sources: Path) -> str:
     """The library's file name: a hash of the sources, the flags, the processor and torch's version."""
-    digest = hashlib.sha256(repr((FLAGS, platform.machine(), _torch_version())).encode())
+    digest = hashlib.sha256(repr((FLAGS, MORE_FLAGS, platform.machine(), _torch_version())).encode())
     for file in sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return f"fastadv_ops-{digest.hexdigest()[:16]}.so"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastadv.errors import DataError, SettingsError
 from fastadv.images import Rows, Store
-from fastadv.sources import Part, carve, open_source, random_state
+from fastadv.sources import Part, carve, open_source, open_test, random_state
 
 Device = str | torch.device
 
@@ -151,10 +151,13 @@ def load(
 def load_test(
     source: str | Path, *, image_size: int | None = None, on_bad_image: str = "fail", memory_budget: int | None = None
 ) -> tuple[ImageSet, tuple[str, ...]]:
-    """The test split of `load` and its skipped files, without decoding the rest of the set. Raises as `load`."""
+    """The test split of `load` and its skipped files, without decoding the rest of the set. Raises as `load`.
+
+    A folder may hold the test split alone: test/, val/, test.npz or val.npz, or class folders right away.
+    """
     skip = _skips(on_bad_image)
-    parts = open_source(source)
-    test, _, skipped = _decode(parts.test, parts.flip, image_size, Store(memory_budget), skip)
+    part, flip = open_test(source)
+    test, _, skipped = _decode(part, flip, image_size, Store(memory_budget), skip)
     return test, skipped
 
 

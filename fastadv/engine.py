@@ -1,27 +1,36 @@
-"""The same attack, faster: parameters detached, bf16 inside where the device has it, a seed instead of a loss.
+"""The same attack, faster: stand-ins without gradients, bf16 and compiled where that pays, recorded once and replayed.
 
-What the attack means stands in pgd.py, and its loop runs here too; the image, the step and the ball stay float32.
+What the attack means stands in climb.py, and its loop runs here too; the image, the step and the ball stay float32.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from fastadv import ops
-from fastadv.errors import SettingsError
-from fastadv.inputs import check_inputs
-from fastadv.losses import attack_loss
+from fastadv.capture import RecordedTeams, Recordings
+from fastadv.climb import AttackResult, climb, starting_point
+from fastadv.errors import FastadvError, SettingsError
+from fastadv.inputs import Inputs, check_inputs
+from fastadv.losses import AttackLoss, attack_loss
 from fastadv.passes import Health, Passes, unwrapped
-from fastadv.pgd import PGD, AttackResult, climb
+from fastadv.pgd import PGD
 from fastadv.registry import did_you_mean
+from fastadv.shadow import Shadow, ShadowPasses, device_of
+from fastadv.survivors import climb_survivors
 from fastadv.threat import ThreatModel
 
 PRECISIONS = ("auto", "bf16", "fp32")
+SWITCHES = ("auto", "on", "off")
+
+
+class BatchTooLarge(FastadvError):
+    """The device has not enough memory for an attack on that many images."""
+
+    exit_code = 6
 
 
 def native_bf16(device: torch.device | str) -> bool:
@@ -43,41 +52,53 @@ def accelerate(
 ) -> Fast:
     """``attack`` bound to ``model``: a faster callable ``(x, y, threat, generator=None) -> adv``.
 
-    precision: bf16, fp32, or auto (bf16 where the device computes in it natively). compile and capture: auto or off;
-    neither exists yet, so both mean off. The model keeps its parameters; they are taken out only while an attack runs.
-    Raises: SettingsError for an attack that is no PGD, an unknown setting, or one that is not available yet.
+    precision: bf16, fp32, or auto (bf16 where the device computes in it natively). compile: the model's passes by
+    torch.compile. capture: the loop recorded once per kind of batch and replayed, on CUDA as a graph. Both: on, off, or
+    auto, which is on for CUDA alone: on a CPU neither brings anything. The model keeps its parameters; stand-ins are in
+    their place only while an attack runs.
+    Raises: SettingsError for an attack that is no PGD and for an unknown setting.
     """
     if not isinstance(attack, PGD):
         raise SettingsError(f"attack is a {type(attack).__name__}", "only fastadv.pgd.PGD can be accelerated")
-    if precision not in PRECISIONS:
-        raise SettingsError(f"unknown precision {precision!r}", did_you_mean(str(precision), PRECISIONS))
     for name, value in (("compile", compile), ("capture", capture)):
-        if value == "on":
-            raise SettingsError(f"{name} is 'on', which is not available yet", f'{name}="auto" takes it once it is')
-        if value not in ("auto", "off"):
-            raise SettingsError(f"unknown {name} {value!r}", did_you_mean(str(value), ("auto", "off")))
-    model = unwrapped(model)
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    if precision == "auto":
-        precision = "bf16" if native_bf16(device) else "fp32"
-    return Fast(attack, model, precision, device)
+        if value not in SWITCHES:
+            raise SettingsError(f"unknown {name} {value!r}", did_you_mean(str(value), SWITCHES))
+    shadow = _shadow(model, precision, attack.mode, compile)
+    return Fast(attack, shadow, capture=_is_on(capture, device_of(shadow.model)))
+
+
+def shadow_passes(
+    model: nn.Module,
+    loss: AttackLoss,
+    *,
+    mode: str = "eval",
+    num_labels: int = 0,
+    precision: str = "auto",
+    seeded: bool = False,
+) -> Passes:
+    """Passes through the shadow of ``model``, for an attack with a loop of its own.
+
+    As :class:`fastadv.passes.Passes`; ``gradient`` and ``forward`` compute in ``precision`` (bf16, fp32 or auto),
+    ``score`` in float32. Changes of weights are seen the next time the passes are opened.
+    Raises: SettingsError for what is no module and for an unknown precision.
+    """
+    return ShadowPasses(_shadow(model, precision, mode, "off"), loss, mode, num_labels, seeded=seeded)
 
 
 class Fast:
     """A PGD attack bound to a model, faster. Made by :func:`accelerate`.
 
     Images, steps, ball and final scores are float32. In bf16 what the rounded iterates claim is scored again in float32
-    before it counts as success.
+    before it counts as success. Forward hooks added after the first call may not run, and neither do the model's own
+    side effects in Python, where the loop is replayed.
     """
 
-    def __init__(self, attack: PGD, model: nn.Module, precision: str, device: torch.device) -> None:
-        self.attack, self.model, self.device = attack, model, device
-        self.precision = precision
-        """bf16 or fp32, of the gradient passes. Becomes fp32, with a warning, where the model cannot do bf16."""
-        self.bf16_works = False
+    def __init__(self, attack: PGD, shadow: Shadow, *, capture: bool) -> None:
+        self.attack, self.shadow, self.model = attack, shadow, shadow.model
+        self.recordings = Recordings(attack, shadow, on=capture)
         self.health: Health | None = None
         """What the last call met: ``.bad``, int32 (B,) on the device, and ``.check()``, which reads it and raises."""
-        self.refresh()
+        self._said_random = False
 
     def __call__(
         self,
@@ -92,8 +113,9 @@ class Fast:
     ) -> Tensor:
         """As :meth:`fastadv.pgd.PGD.__call__`.
 
-        wait=False never waits for the device: ranges and labels are then not checked, and NaN or infinity met on the
-        way is left in ``health`` for the caller to read later.
+        wait=False never waits for the device, after a first call that records: ranges and labels are then not checked,
+        and NaN or infinity met on the way is left in ``health`` for the caller to read later.
+        Raises: BatchTooLarge (exit code 6) where memory ends.
         """
         return self._attack(x, y, threat, generator, eps, mask, scored=False, wait=wait).adv
 
@@ -106,23 +128,44 @@ class Fast:
         *,
         eps: Tensor | None = None,
         mask: Tensor | None = None,
+        drop: bool = False,
     ) -> AttackResult:
-        """As :meth:`fastadv.pgd.PGD.run`."""
-        return self._attack(x, y, threat, generator, eps, mask, scored=True, wait=True)
+        """As :meth:`fastadv.pgd.PGD.run`. drop: broken images leave the batch at once, for keep="success".
+
+        The verdict is the same; a model that breaks easily is attacked in a fraction of the time.
+        """
+        if drop and self.attack.keep != "success":
+            raise SettingsError(f"drop=True with keep={self.attack.keep!r}", 'PGD(keep="success"), or drop=False')
+        return self._attack(x, y, threat, generator, eps, mask, scored=True, wait=True, drop=drop)
 
     def refresh(self) -> None:
-        """Call after a weight change. Finds the model's parameters anew, also those in modules that were replaced."""
-        self.slots = [
-            (module._parameters, name)
-            for module in self.model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
+        """Take over changed weights now. Every call does so by itself, also for parameters and modules replaced."""
+        self.shadow.refresh()
+
+    @property
+    def precision(self) -> str:
+        """bf16 or fp32, of the gradient passes. Becomes fp32, with a warning, where the model cannot do bf16."""
+        return self.shadow.precision
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the gradient passes are compiled. Becomes False, with a warning, where that fails."""
+        return self.shadow.compile
+
+    @property
+    def captured(self) -> bool:
+        """Whether the last call was a replay of recorded work."""
+        return self.launches_per_batch > 0
+
+    @property
+    def launches_per_batch(self) -> int:
+        """How many recordings the last call replayed: on CUDA, graph launches."""
+        return self.recordings.launches
 
     @property
     def body(self) -> str:
         """Which body of the fused step runs on the model's device: cpp, triton or reference."""
-        return ops.body("linf_step", self.device)
+        return ops.body("linf_step", device_of(self.model))
 
     def _attack(
         self,
@@ -135,64 +178,78 @@ class Fast:
         *,
         scored: bool,
         wait: bool,
+        drop: bool = False,
     ) -> AttackResult:
         given = check_inputs(x, y, threat, eps, mask, values=wait)
-        passes = ShadowPasses(self, given.num_labels)
-        result, self.health = climb(self.attack, passes, given, threat, generator, scored=scored)
+        loss, mode = self.attack.loss, self.attack.mode
+        passes = ShadowPasses(self.shadow, attack_loss(loss), mode, given.num_labels, seeded=loss == "ce")
+        self.recordings.launches = 0
+        try:
+            # Tensors that stay must not be inference tensors, whatever the caller is in.
+            with torch.inference_mode(False), torch.no_grad():
+                result, self.health = self._climb(passes, given, threat, generator, scored=scored, drop=drop)
+        except (RuntimeError, MemoryError) as error:
+            refusal = _too_large(len(x), error)
+            if refusal is None:
+                raise
+            raise refusal from error
+        if self.shadow.draws and mode == "eval" and not self._said_random:
+            self._said_random = True
+            warnings.warn(
+                f"fastadv: {type(self.model).__name__} draws random numbers in eval mode: each step sees one draw, and "
+                "the model looks more robust than it is",
+                stacklevel=3,
+            )
         if wait:
             self.health.check()
         return result
 
+    def _climb(
+        self,
+        passes: ShadowPasses,
+        given: Inputs,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        *,
+        scored: bool,
+        drop: bool,
+    ) -> tuple[AttackResult, Health]:
+        """By replays where there is a recording or one can be made, else as it is."""
+        settings, count = self.attack, len(given.x)
+        if drop and count:
+            teams = RecordedTeams(self.recordings, passes, given, threat)
+            return climb_survivors(settings, passes, given, threat, generator, teams)
+        recording = self.recordings.find(passes, given, threat, scored=scored) if count and settings.steps else None
+        if recording is None:
+            return climb(settings, passes, given, threat, generator, scored=scored)
+        recording.climber.load(given)
+        for _ in range(settings.restarts):
+            recording.climber.start(starting_point(settings, given, threat, generator))
+            self.recordings.replay(recording)
+        return recording.result(count)
 
-class ShadowPasses(Passes):
-    """Passes through a model that holds, meanwhile, detached tensors instead of its parameters.
 
-    No gradient can be computed for them or reach them, and what an optimiser changes in place is seen at once.
-    """
+def _shadow(model: nn.Module, precision: str, mode: str, compile: str) -> Shadow:
+    """The shadow of ``model``. Raises SettingsError for what is no module and for an unknown precision."""
+    model = unwrapped(model)
+    if precision not in PRECISIONS:
+        raise SettingsError(f"unknown precision {precision!r}", did_you_mean(str(precision), PRECISIONS))
+    device = device_of(model)
+    if precision == "auto":
+        precision = "bf16" if native_bf16(device) else "fp32"
+    return Shadow(model, precision, mode=mode, compile=_is_on(compile, device))
 
-    def __init__(self, fast: Fast, num_labels: int) -> None:
-        attack = fast.attack
-        super().__init__(fast.model, attack_loss(attack.loss), attack.mode, num_labels, seeded=attack.loss == "ce")
-        self.fast = fast
 
-    @contextmanager
-    def opened(self, device: torch.device) -> Iterator[None]:
-        """As for :class:`Passes`, with the parameters taken out; a caller's autocast is ignored."""
-        # Once per attack: torch.func.functional_call swaps in each pass, which costs 1 ms for swin_tiny's 190 tensors.
-        originals = [(holder, name, holder[name]) for holder, name in self.fast.slots if name in holder]
-        with super().opened(device):
-            self.precision = nullcontext()
-            self.rounded = self.fast.precision == "bf16"
-            try:
-                for holder, name, parameter in originals:
-                    # A tensor that is no Parameter, as functional_call puts there too.
-                    holder[name] = parameter if parameter is None else parameter.detach()  # type: ignore[assignment]
-                yield
-            finally:
-                for holder, name, parameter in originals:
-                    holder[name] = parameter
+def _is_on(switch: str, device: torch.device) -> bool:
+    # Inductor brings nothing for Swin on a CPU (0.8x), and a replay there is a call.
+    return switch == "on" or (switch == "auto" and device.type == "cuda")
 
-    def forward(self, adv: Tensor) -> Tensor:
-        """What the model makes of ``adv``, in bf16 where that is asked for and works."""
-        if self.fast.precision == "fp32":
-            return super().forward(adv)
-        bf16 = torch.autocast(adv.device.type, torch.bfloat16)
-        try:
-            with bf16:
-                logits = super().forward(adv)
-            if not self.fast.bf16_works and isinstance(logits, Tensor) and logits.requires_grad:
-                # Once per model: an operation may have a bf16 forward and no bf16 backward.
-                torch.autograd.grad(logits.sum(), adv, retain_graph=True)
-                self.fast.bf16_works = True
-            return logits
-        except RuntimeError as error:
-            if self.fast.bf16_works or isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = str(error).partition("\n")[0]
-        # Where float32 fails too, it was not bf16, and its error is the one to see.
-        logits = super().forward(adv)
-        self.fast.precision = "fp32"
-        warnings.warn(
-            f"fastadv: attacks on {type(self.model).__name__} run in fp32: bf16 fails ({reason})", stacklevel=2
-        )
-        return logits
+
+def _too_large(images: int, error: Exception) -> BatchTooLarge | None:
+    """What to raise for ``error`` where memory was the reason: it names a batch size."""
+    text = str(error).partition("\n")[0]
+    # On the CPU torch raises a plain RuntimeError.
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
+        return None
+    fix = f"attack {images // 2} images at a time (--batch-size)" if images > 1 else "take a smaller model or image"
+    return BatchTooLarge(f"out of memory in an attack on {images} images ({text or type(error).__name__})", fix)

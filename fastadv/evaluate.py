@@ -1,217 +1,70 @@
-"""Clean and robust accuracy with intervals. ``python -m fastadv.evaluate RUN`` repeats a run's table."""
+"""``python -m fastadv.evaluate RUN``: accuracy clean and attacked, checks, a page; also of models trained elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from fastadv import assemble, plots
+from fastadv import report, target
+from fastadv.attacks.autoattack import AutoAttack
+from fastadv.attacks.stages import Version
 from fastadv.cli import command, parse
-from fastadv.data import ImageSet, in_order
-from fastadv.errors import DataError, SettingsError
-from fastadv.models import Classifier
+from fastadv.errors import SettingsError
+from fastadv.measure import evaluate
 from fastadv.pgd import PGD
-from fastadv.recipe import Recipe, parse_number, show_pixels
-from fastadv.runlog import environment, table
-from fastadv.seeds import generator
+from fastadv.recipe import parse_number, show_pixels
+from fastadv.runlog import table
+from fastadv.target import Target
 from fastadv.threat import ThreatModel
 
 PROGRAM = "python -m fastadv.evaluate"
-# Keeps the noise of an evaluation apart from that of training, which is seeded by step.
-EVALUATION = -1
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many of ``n`` images the model gets right: as they are, and whatever the attack does to them."""
-
-    n: int
-    clean: int
-    robust: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What an evaluation found, and under which conditions."""
-
-    n: int
-    clean: float
-    clean_interval: tuple[float, float]
-    robust: float
-    robust_interval: tuple[float, float]
-    norm: str
-    eps: float
-    attack: str
-    verdict: str
-    precision: str
-    device: str
-    seed: int
-    seconds: float
-
-    def row(self) -> dict[str, str]:
-        """The report as a row of the table on the terminal."""
-
-        def percent(value: float, interval: tuple[float, float]) -> str:
-            return f"{100 * value:.1f} % ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
-
-        return {
-            "threat": f"{self.norm} {show_pixels(self.eps)}",
-            "clean": percent(self.clean, self.clean_interval),
-            "robust": percent(self.robust, self.robust_interval),
-            "attack": f"{self.attack} {self.verdict}, {self.precision}",
-            "images": str(self.n),
-            "seconds": f"{self.seconds:.1f}",
-        }
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share ``hits / n``. Source: Wilson 1927, doi:10.2307/2276774."""
-    if n == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, hits / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def measure(
-    model: nn.Module,
-    images: ImageSet,
-    attack: PGD | None,
-    threat: ThreatModel,
-    *,
-    seed: int = 0,
-    batch_size: int = 256,
-    precision: str = "fp32",
-) -> Counts:
-    """Count clean and robust images. Robust: the model is right on the clean image and on every iterate it is shown.
-
-    Only images that are right when clean are attacked: the others cannot become robust. NaN logits count as wrong.
-    ``attack`` None skips the attack; robust is then 0.
-    """
-    device = next(model.parameters()).device
-    fast = attack.on(model, precision=precision) if attack else None
-    n = clean = robust = 0
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for x, y in in_order(images, batch_size, device):
-            with torch.no_grad():
-                logits = model(x)
-            right = (logits.argmax(1) == y) & logits.isfinite().all(1)
-            clean += int(right.sum())
-            if fast and right.any():
-                noise = generator(device, seed, EVALUATION, n)
-                broken = fast.run(x[right], y[right], threat, generator=noise).success
-                robust += int((~broken).sum())
-            n += len(x)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return Counts(n, clean, robust)
-
-
-def evaluate(
-    model: nn.Module,
-    images: ImageSet,
-    attack: PGD,
-    threat: ThreatModel,
-    *,
-    seed: int = 0,
-    batch_size: int = 256,
-    precision: str = "fp32",
-) -> Report:
-    """Clean and robust accuracy with 95 % Wilson intervals; ``attack.keep`` decides the verdict.
-
-    keep="success" is the strict verdict (every iterate counts), keep="last" the papers' (only the last one does).
-    """
-    began = time.perf_counter()
-    found = measure(model, images, attack, threat, seed=seed, batch_size=batch_size, precision=precision)
-    return Report(
-        n=found.n,
-        clean=found.clean / max(1, found.n),
-        clean_interval=wilson(found.clean, found.n),
-        robust=found.robust / max(1, found.n),
-        robust_interval=wilson(found.robust, found.n),
-        norm=threat.norm,
-        eps=threat.eps,
-        attack=f"PGD-{attack.steps}",
-        verdict="last" if attack.keep == "last" else "worst",
-        precision=precision,
-        device=next(model.parameters()).device.type,
-        seed=seed,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def write_report(
-    folder: Path,
-    recipe: Recipe,
-    model: Classifier,
-    images: ImageSet,
-    reports: list[Report],
-    history: list[dict[str, Any]],
-    seconds: float,
-) -> dict[str, Any]:
-    """Write report.json, curves.png and examples.png, print the table, and give what report.json holds."""
-    report = {
-        "folder": str(folder),
-        "strategy": recipe.strategy,
-        "recipe_sha256": recipe.sha256,
-        "reports": [dataclasses.asdict(report) for report in reports],
-        "seconds": seconds,
-        "environment": environment(),
-    }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plots.curves(folder / "curves.png", history, chance=1 / len(images.classes))
-    draw_examples(folder / "examples.png", model, images, recipe)
-    table([report.row() for report in reports])
-    print(f"{seconds:.0f} s in all; files in {folder}: report.json, curves.png, examples.png, best/, log.jsonl")
-    print(f"again: python -m fastadv.evaluate {folder}")
-    return report
-
-
-def draw_examples(path: Path, model: Classifier, images: ImageSet, recipe: Recipe, count: int = 6) -> None:
-    """A picture of the first ``count`` test images: clean, perturbation, adversarial, with predictions."""
-    device = model.mean.device
-    x, y = next(iter(in_order(images, count, device)))
-    attack = recipe.eval_attack.on(model, precision="fp32")
-    adv = attack(x, y, recipe.threat, generator=generator(device, recipe.seed, EVALUATION, 0))
-    with torch.no_grad():
-        model.eval()
-        clean_pred, adv_pred = model(x).argmax(1), model(adv).argmax(1)
-    plots.examples(path, x, adv, y, clean_pred, adv_pred, images.classes, recipe.eps)
+ABOUT = "Evaluate a finished run again, from its folder alone, or a model that was trained elsewhere."
+AttackName = Literal["pgd", "autoattack", "autoattack-plus", "autoattack-rand"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Evaluate a finished run again, from its folder alone."""
+    """Evaluate a run or a model."""
 
     eps: str | None = None
-    """One radius or several: 4/255,8/255. Default: the run's own."""
-    data: str | None = None
-    """Another place of the same data. Default: the run's own."""
+    """One radius or several: 4/255,8/255. Default: the run's own; 4/255 for a model trained elsewhere."""
+    attack: AttackName = "pgd"
+    """pgd, or AutoAttack: standard, plus (more attacks and restarts) or rand (for models that draw random numbers)."""
+    mode: Literal["fast", "parity"] = "fast"
+    """Of AutoAttack. parity repeats the published code step for step, random numbers and batches included."""
     verdict: Literal["worst", "last"] = "worst"
     """worst: every iterate must be classified right. last: the papers' number, only the last one, in rows beside it."""
     eval_steps: int | None = None
     """PGD steps. Default: the run's own."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of model and attack."""
+    """Arithmetic of model and attack; what breaks an image in bf16 is confirmed in fp32 before it counts."""
+    check: bool = False
+    """Ask whether the numbers can be believed: twelve checks, each passed or suspicious, with a sentence why."""
+    page: bool = True
+    """Write report.html: table, accuracy against the radius, classes, images, checks."""
+    out: str | None = None
+    """Folder of report.html, report.json and of an AutoAttack's findings so far. Default: evaluate-ATTACK in RUN."""
     images: int | None = None
     """Evaluate the first so many test images only."""
+    data: str | None = None
+    """Images: as for training, or a folder with test/ or val/ or class folders alone. Default: the run's own."""
+    model: str | None = None
+    """Instead of a run: the name of a timm or torchvision model. Needs --weights and --data."""
+    weights: str | None = None
+    """The model's weights with its head: a .safetensors or .pth file."""
+    image_size: int | None = None
+    """Side in pixels to which images are brought before the attack sees them. Default: the model's."""
+    norm: Literal["linf", "l2"] | None = None
+    """Norm of the threat. Default: the run's own; linf for a model trained elsewhere."""
     batch_size: int | None = None
-    """Images per batch. Default: four times that of training, as when the run ended."""
+    """Images per batch. Default: four times that of training, as when the run ended; 64 for other models."""
     seed: int | None = None
-    """Seed of the attack's noise. Default: the run's own."""
+    """Seed of the attack's noise. Default: the run's own, or 0."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     on_bad_image: Literal["fail", "skip"] = "fail"
@@ -219,54 +72,62 @@ class Settings:
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
-    """Evaluate the run named first on the command line; gives its reports."""
-    if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
-            parse(Settings, None, ["--help"], f"{PROGRAM} RUN", "Evaluate a finished run again, from its folder alone.")
-        raise SettingsError("no run given", f"{PROGRAM} runs/NAME [--eps 4/255,8/255]")
-    folder = Path(argv[0])
-    settings = parse(
-        Settings, None, argv[1:], f"{PROGRAM} RUN", "Evaluate a finished run again, from its folder alone."
-    )
+    """Evaluate the run named first on the command line, or ``--model``; gives what report.json holds."""
+    folder = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    settings = parse(Settings, None, argv[1:] if folder else argv, f"{PROGRAM} RUN", ABOUT)
     for name, value in (("images", settings.images), ("batch-size", settings.batch_size)):
         if value is not None and value < 1:
             raise SettingsError(f"{name} is {value}", f"--{name} takes 1 or more")
-    recipe = assemble.saved_recipe(folder)
-    if not (folder / "best").exists():
-        raise SettingsError(f"the run in {folder} is not finished", f"finish it with --resume {folder}")
-    skips = "skip" in (recipe.on_bad_image, settings.on_bad_image)
-    recipe = dataclasses.replace(recipe, data=settings.data or recipe.data, on_bad_image="skip" if skips else "fail")
-    model = assemble.trained(folder, recipe).to(assemble.device(settings.device))
-    images = assemble.test_images(recipe)
-    trained_on = json.loads((folder / "split.json").read_text())["classes"]
-    if list(images.classes) != trained_on:
-        other = sorted(set(images.classes) ^ set(trained_on))
-        raise DataError(
-            f"{recipe.data} does not have the run's {len(trained_on)} classes: {', '.join(other[:5])} differ",
-            "--data with the classes that the run was trained on",
-        )
-    if settings.images is not None:
-        images = dataclasses.replace(
-            images, images=images.images[: settings.images], labels=images.labels[: settings.images]
-        )
-    steps = recipe.eval_steps if settings.eval_steps is None else settings.eval_steps
-    worst = dataclasses.replace(recipe.eval_attack, steps=steps)
-    attacks = [worst] if settings.verdict == "worst" else [worst, dataclasses.replace(worst, keep="last")]
-    reports = [
+    if folder is None and settings.model is None:
+        raise SettingsError("no run given", f"{PROGRAM} runs/NAME, or --model NAME --weights FILE --data FOLDER")
+    if folder is not None and settings.model is not None:
+        raise SettingsError(f"both a run ({folder}) and --model {settings.model}", "give one of the two")
+    began = time.monotonic()
+    about = target.of_run(folder, settings) if folder else target.of_model(settings)
+    out = Path(settings.out) if settings.out else about.folder / f"evaluate-{settings.attack}"
+    # Of several processes that share the images, the first one tells what all of them found.
+    first = os.environ.get("RANK", "0") == "0"
+    found = [
         evaluate(
-            model,
-            images,
+            about.model,
+            about.images,
             attack,
-            ThreatModel(norm=recipe.norm, eps=eps),
-            seed=recipe.seed if settings.seed is None else settings.seed,
-            batch_size=settings.batch_size or 4 * recipe.batch_size,
+            ThreatModel(norm=about.norm, eps=eps),
+            seed=about.seed,
+            batch_size=about.batch_size,
             precision=settings.precision,
+            state=out / f"{settings.attack}-{about.norm}-{show_pixels(eps).replace('/', '_')}",
+            say=print if first else None,
         )
-        for eps in radii(settings.eps, recipe.eps)
-        for attack in attacks
+        for eps in radii(settings.eps, about.eps)
+        for attack in attacks(about, settings)
     ]
-    table([report.row() for report in reports])
-    return {"run": str(folder), "reports": [dataclasses.asdict(report) for report in reports]}
+    if not first:
+        return None
+    table([each.row() for each, _ in found])
+    for note in dict.fromkeys(note for each, _ in found for note in each.notes):
+        print(f"note: {note}")
+    return report.of_evaluation(about, found, out, settings, [PROGRAM, *argv], time.monotonic() - began)
+
+
+def attacks(about: Target, settings: Settings) -> list[PGD | AutoAttack]:
+    """What ``--attack`` and ``--verdict`` ask for."""
+    if settings.attack != "pgd":
+        if settings.verdict == "last" or settings.eval_steps is not None:
+            raise SettingsError(f"--attack {settings.attack} with --verdict last or --eval-steps", "--attack pgd")
+        versions: dict[str, Version] = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+        return [
+            AutoAttack(
+                version=versions[settings.attack],
+                mode=settings.mode,
+                seed=about.seed,
+                batch_size=about.batch_size,
+                precision=settings.precision,
+            )
+        ]
+    steps = about.attack.steps if settings.eval_steps is None else settings.eval_steps
+    worst = dataclasses.replace(about.attack, steps=steps)
+    return [worst] if settings.verdict == "worst" else [worst, dataclasses.replace(worst, keep="last")]
 
 
 def radii(text: str | None, default: float) -> list[float]:

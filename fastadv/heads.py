@@ -28,3 +28,10 @@ def small(head: nn.Linear, generator: torch.Generator) -> None:
     """A head for pre-training: weights N(0, 0.02^2), biases 0."""
     head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
     head.bias.zero_()
+
+
+@torch.no_grad()
+def zero(head: nn.Linear, generator: torch.Generator) -> None:
+    """A head that says the same of every image: weights and biases 0. A control: how much of a gain is a tame start."""
+    head.weight.zero_()
+    head.bias.zero_()

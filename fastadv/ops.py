@@ -11,12 +11,14 @@ import importlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadv import build, reference
+from fastadv import build, reference, window_reference
 from fastadv.errors import SettingsError
 
 _STEP = (
@@ -25,6 +27,8 @@ _STEP = (
 )
 # As in csrc, which registers them when the library is there; a test compares the two.
 SCHEMAS = {"linf_step": _STEP, "l2_step": _STEP}
+# The modules that say what an op means, by its name there. fastadv.window_attention registers its two.
+_MEANINGS = dict.fromkeys(SCHEMAS, reference) | dict.fromkeys(window_reference.OPS, window_reference)
 
 
 def linf_step(
@@ -77,11 +81,11 @@ def body(name: str, device: str | torch.device = "cpu") -> str:
 
     Raises: SettingsError for an unknown name.
     """
-    if name not in SCHEMAS:
-        raise SettingsError(f"op={name!r} is not an op of fastadv", f"choose one of {', '.join(SCHEMAS)}")
+    if name not in _MEANINGS:
+        raise SettingsError(f"op={name!r} is not an op of fastadv", f"choose one of {', '.join(_MEANINGS)}")
     kind = torch.device(device).type
     if kind == "cuda":
-        return "reference" if _cuda_body(name) is getattr(reference, name) else "triton"
+        return "reference" if kernels(name) is None else "triton"
     return _CPU_BODY if kind == "cpu" else "reference"
 
 
@@ -186,25 +190,39 @@ def _load_library() -> str:
 
 
 @functools.cache
-def _cuda_body(name: str) -> Callable[..., None]:
-    """The op's body for CUDA tensors. Imports Triton, hence not before one is there."""
-    plain: Callable[..., None] = getattr(reference, name)
+def kernels(name: str) -> ModuleType | None:
+    """The module of the op's Triton body, or None where plain PyTorch serves CUDA. Imports Triton: not before need."""
     if _choice() == "reference":
-        return plain
+        return None
     # Triton compiles its launchers with a C compiler.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         _fall_back("Triton needs a C compiler and finds none", "install gcc or set CC")
-        return plain
+        return None
     try:
-        launch: Callable[..., None] = importlib.import_module(f"fastadv.kernels.{name}").launch
+        return importlib.import_module(f"fastadv.kernels.{name.removesuffix('_backward')}")
     except ImportError as error:
         _fall_back(f"the Triton ops cannot be imported ({error})", "pip install triton, and fastadv itself")
-        return plain
-    return launch
+        return None
 
 
-def _on_cuda(name: str) -> Callable[..., None]:
-    return lambda *args: _cuda_body(name)(*args)
+def register(schemas: Mapping[str, str], cuda: Mapping[str, Callable[..., Any]], fake: Mapping[str, Any]) -> None:
+    """Make ops known to torch: name -> schema, CUDA body, and what comes out of tensors without values."""
+    for name, schema in schemas.items():
+        # The library defines its ops itself.
+        if _CPU_BODY == "reference":
+            LIBRARY.define(name + schema)
+        # Every device without a body of its own.
+        LIBRARY.impl(name, getattr(_MEANINGS[name], name), "CompositeExplicitAutograd")
+        LIBRARY.impl(name, cuda[name], "CUDA")
+        torch.library.register_fake(f"fastadv::{name}", fake[name], lib=LIBRARY)
+
+
+def _step_on_cuda(name: str) -> Callable[..., None]:
+    def step(*args: Any) -> None:
+        body = kernels(name)
+        (getattr(reference, name) if body is None else body.launch)(*args)
+
+    return step
 
 
 def _in_place(
@@ -222,11 +240,5 @@ def _in_place(
 
 
 _CPU_BODY = _load_library()
-_LIBRARY = torch.library.Library("fastadv", "FRAGMENT")
-for _name, _schema in SCHEMAS.items():
-    if _CPU_BODY == "reference":
-        _LIBRARY.define(_name + _schema)
-    # Every device without a body of its own.
-    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
-    torch.library.register_fake(f"fastadv::{_name}", _in_place, lib=_LIBRARY)
+LIBRARY = torch.library.Library("fastadv", "FRAGMENT")
+register(SCHEMAS, {name: _step_on_cuda(name) for name in SCHEMAS}, dict.fromkeys(SCHEMAS, _in_place))

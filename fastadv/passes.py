@@ -23,13 +23,12 @@ class Passes:
     seeded: start the backward pass from :func:`fastadv.losses.ce_seed` instead of from ``loss``.
     """
 
-    rounded = False
-    """Whether :meth:`gradient` computes in a lower precision than :meth:`score`."""
-
     def __init__(self, model: nn.Module, loss: AttackLoss, mode: str, num_labels: int, *, seeded: bool = False) -> None:
         self.model, self.mode = unwrapped(model), mode
         self.loss, self.num_labels, self.seeded = loss, num_labels, seeded
         self.precision: AbstractContextManager[object] = nullcontext()
+        self.classes = 0
+        """The model's number of classes, once a pass has shown it."""
 
     @contextmanager
     def opened(self, device: torch.device) -> Iterator[None]:
@@ -42,6 +41,11 @@ class Passes:
         with untouched(self.model, self.mode), torch.inference_mode(False), torch.enable_grad(), off:
             yield
 
+    @property
+    def rounded(self) -> bool:
+        """Whether :meth:`gradient` computes in a lower precision than :meth:`score`."""
+        return False
+
     def forward(self, adv: Tensor) -> Tensor:
         """What the model makes of ``adv`` on the way to a gradient."""
         with self.precision:
@@ -52,6 +56,7 @@ class Passes:
         """The logits at ``adv``, detached, and the gradient of the loss with respect to ``adv`` alone."""
         leaf = adv.detach().requires_grad_()
         logits = logits_of(self.forward, leaf, self.num_labels)
+        self.classes = logits.shape[1]
         gradient: Tensor | None = None
         if logits.requires_grad:
             # Sum, not mean: each image sees the gradient it would see alone.

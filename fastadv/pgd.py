@@ -1,6 +1,6 @@
-"""Projected gradient descent: what the attack is, on any module and device. engine.py makes the same loop faster.
+"""Projected gradient descent: its settings and its call, on any module and device. engine.py makes it faster.
 
-Shapes: x, adv, grad (B, C, H, W) float32; y, loss, success (B,); logits (B, classes) float32.
+Shapes: x, adv (B, C, H, W) float32; y, loss, success (B,); logits (B, classes) float32.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastadv.climb import AttackResult as AttackResult
+from fastadv.climb import climb
 from fastadv.errors import SettingsError
-from fastadv.inputs import Inputs, check_inputs
-from fastadv.losses import ATTACK_LOSSES, AttackLoss, attack_loss, misclassified
-from fastadv.passes import Health, Passes
+from fastadv.inputs import check_inputs
+from fastadv.losses import ATTACK_LOSSES, AttackLoss, attack_loss
+from fastadv.passes import Passes
 from fastadv.registry import did_you_mean
 from fastadv.threat import ThreatModel
 
@@ -25,17 +27,6 @@ if TYPE_CHECKING:
 
 Keep = Literal["last", "best", "success"]
 Mode = Literal["eval", "as-is"]
-
-
-class AttackResult(NamedTuple):
-    """What an attack found, per image."""
-
-    adv: Tensor
-    """The images kept, like x."""
-    success: Tensor
-    """Whether a scored iterate fooled the model, bool (B,): any iterate, or with keep="last" the final ones alone."""
-    loss: Tensor
-    """The attack's loss at ``adv``, (B,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,81 +173,3 @@ def pgd(
         mode=mode,
     )
     return settings(model, x, y, threat, eps=eps, mask=mask, generator=generator)
-
-
-def climb(
-    settings: PGD,
-    passes: Passes,
-    given: Inputs,
-    threat: ThreatModel,
-    generator: torch.Generator | None,
-    *,
-    scored: bool,
-) -> tuple[AttackResult, Health]:
-    """The loop of the attack, with ``passes`` through the model; nothing in it waits for the device.
-
-    scored=False leaves success and loss unset where finding them would cost a forward pass.
-    """
-    x, y, eps, mask, _ = given
-    threat.check_step(settings.step_size)
-    scored = scored or settings.keep != "last" or settings.restarts > 1
-    with passes.opened(x.device):
-        kept, health = Kept(settings, x, y), Health(x, passes_per_run=settings.steps + scored)
-        step_size = torch.full((1,), -settings.step_size if settings.targeted else settings.step_size, device=x.device)
-        for _ in range(settings.restarts if len(x) else 0):
-            proven = kept.success.clone()
-            adv = threat.random_start(x, eps, generator) if settings.random_start else x.clone()
-            if mask is not None:
-                torch.where(mask, adv, x, out=adv)
-            for _ in range(settings.steps):
-                logits, grad = passes.gradient(adv, y)
-                if settings.keep != "last":
-                    kept.offer(adv, logits)
-                threat.ascend(adv, grad, x, step_size, eps=eps, mask=mask, nonfinite=health.bad)
-                health.note(logits)
-            if scored:
-                if passes.rounded and settings.keep != "last" and settings.steps:
-                    kept.confirm(passes.score(kept.adv), proven)
-                logits = passes.score(adv)
-                kept.offer(adv, logits)
-                health.note(logits)
-            else:
-                kept.adv = adv
-    return kept.result(), health
-
-
-class Kept:
-    """The iterate kept for each image, and whether one of those offered fooled the model. Never read on the host."""
-
-    def __init__(self, settings: PGD, x: Tensor, y: Tensor) -> None:
-        self.settings, self.y, self.loss_of = settings, y, attack_loss(settings.loss)
-        self.adv = torch.empty_like(x)
-        self.success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        # NaN: the first offer is taken, whatever its loss.
-        self.loss = torch.full((len(x),), torch.nan, device=x.device)
-
-    def offer(self, adv: Tensor, logits: Tensor) -> None:
-        """Take ``adv`` for the images where it is better than what is kept."""
-        fooled, loss = self._judge(logits)
-        take = ~((loss >= self.loss) if self.settings.targeted else (loss <= self.loss))
-        if self.settings.keep != "best":
-            take = ~self.success & (fooled | take)
-        self.success |= fooled
-        torch.where(take, loss, self.loss, out=self.loss)
-        torch.where(take.view(-1, 1, 1, 1), adv, self.adv, out=self.adv)
-
-    def confirm(self, logits: Tensor, proven: Tensor) -> None:
-        """Judge the images kept by their float32 ``logits``, not by the rounded ones before; ``proven`` stays."""
-        fooled, self.loss = self._judge(logits)
-        self.success = proven | fooled
-
-    def result(self) -> AttackResult:
-        """What was found so far."""
-        return AttackResult(self.adv, self.success, self.loss)
-
-    def _judge(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether ``logits`` are those of a fooled model, bool (B,), and the attack's loss, (B,)."""
-        wrong = misclassified(logits, self.y)
-        # NaN logits are wrong, so they reach no target.
-        fooled = ~wrong if self.settings.targeted else wrong
-        return fooled, self.loss_of(logits, self.y)

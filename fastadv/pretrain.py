@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def export(folder: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from fastadv import assemble
-    from fastadv.evaluate import evaluate
+    from fastadv.measure import evaluate
     from fastadv.runlog import environment
 
     recipe = assemble.saved_recipe(folder)
@@ -48,9 +49,9 @@ def export(folder: Path) -> dict[str, Any]:
     model.load_state_dict(state)
     model.to(assemble.device(recipe.device))
     images = assemble.test_images(recipe)
-    report = evaluate(model, images, recipe.eval_attack, recipe.threat, seed=recipe.seed)
+    report, _ = evaluate(model, images, recipe.eval_attack, recipe.threat, seed=recipe.seed)
     save_file(state, folder / "weights.safetensors", metadata={"model": recipe.model, "objective": recipe.strategy})
-    card = {"recipe": json.loads(recipe.to_json()), "test": vars(report), "environment": environment()}
+    card = {"recipe": json.loads(recipe.to_json()), "test": dataclasses.asdict(report), "environment": environment()}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(f"weights: {folder}/weights.safetensors (float16), measured as rounded; card: {folder}/card.json")
     return card

@@ -111,6 +111,22 @@ def open_source(source: str | Path, download: bool = False) -> Source:
     raise DataError(f"{path} holds neither train/ nor train.npz", LAYOUT)
 
 
+def open_test(source: str | Path) -> tuple[Part, bool]:
+    """The test part and the ``flip`` of a source. Nothing to train on has to be there: a folder with test/ or val/ (or
+    the .npz of them) is enough, and so is a folder of class folders.
+
+    Raises: as :func:`open_source`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "train").exists() and not (path / "train.npz").exists():
+        splits = [path / f"{split}{ending}" for ending in (".npz", "") for split in ("test", "val")]
+        found = next((split for split in splits if split.exists()), path)
+        (part,) = _npz_parts([found]) if found.suffix == ".npz" else _folder_parts([found])
+        return part, True
+    opened = open_source(source)
+    return opened.test, opened.flip
+
+
 def _split(name: str, path: Path, ending: str, parts: Callable[[list[Path]], list[Part]]) -> Source:
     found = [path / (split + ending) for split in ("test", "val") if (path / (split + ending)).exists()]
     if not found:

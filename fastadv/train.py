@@ -96,7 +96,8 @@ def with_demo(recipe: Recipe, flags: Sequence[str]) -> Recipe:
 def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, Any]:
     """Run the recipe's strategy in ``folder``: stages, evaluation, report. Gives what report.json holds."""
     from fastadv import assemble
-    from fastadv.evaluate import evaluate, write_report
+    from fastadv.measure import evaluate
+    from fastadv.report import of_training
     from fastadv.run import Run
     from fastadv.runfolder import check_new
     from fastadv.runlog import Progress
@@ -127,12 +128,12 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
                     run.finish_stage(model)
         run.pick_up(model)
         batch_size = 4 * recipe.batch_size
-        report = evaluate(
+        found = evaluate(
             model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed, batch_size=batch_size
         )
-        run.log.event("report", **dataclasses.asdict(report))
+        run.log.event("report", **dataclasses.asdict(found[0]))
     # The progress bar is closed: the table below it stays.
-    return write_report(folder, recipe, model, splits.test, [report], run.history, time.monotonic() - began)
+    return of_training(folder, recipe, model, splits.test, found, run.history, time.monotonic() - began)
 
 
 def describe(recipe: Recipe, splits: Splits, device: object) -> Iterator[str]:

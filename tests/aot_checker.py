@@ -60,34 +60,36 @@ def planted():
         yield linf_step.linf_step_kernel, sm, "fp32", aligned, dict(maxnreg=24)
 
 
-def cubin(kernel, sm, dtype, constants, options):
-    types = TYPES | {"grad_ptr": f"*{dtype}"}
+def cubin(kernel, sm, types, constants, options):
+    """The machine code of a kernel: types by the names of its arguments, constants by those in capitals."""
     names = kernel.arg_names
     # Pointers are 16-byte aligned, as those of allocated tensors are.
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
     source = ASTSource(
         kernel,
         signature={name: "constexpr" if name.isupper() else types[name] for name in names},
-        constexprs={"BLOCK": BLOCK, **constants},
+        constexprs=constants,
         attrs=attributes,
     )
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **options}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm["cubin"]
 
 
 def disassemble(binary, tools):
-    """The cubin's resource usage and its machine code, as text."""
+    """What the cubin uses (REG, STACK and LOCAL), and its machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         commands = [[tools / "cuobjdump", "--dump-resource-usage", file.name], [tools / "nvdisasm", "-c", file.name]]
-        return [subprocess.run(c, check=True, capture_output=True, text=True).stdout for c in commands]
+        usage, code = (subprocess.run(c, check=True, capture_output=True, text=True).stdout for c in commands)
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert used.keys() == {"REG", "STACK", "LOCAL"}, f"cuobjdump printed no resource usage: {usage!r}"
+    return used, code
 
 
 def report(kernel, sm, dtype, constants, options, tools):
-    usage, code = disassemble(cubin(kernel, sm, dtype, constants, options), tools)
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert used.keys() == {"REG", "STACK", "LOCAL"}, f"cuobjdump printed no resource usage: {usage!r}"
+    types = TYPES | {"grad_ptr": f"*{dtype}"}
+    told = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **options}
+    used, code = disassemble(cubin(kernel, sm, types, {"BLOCK": BLOCK, **constants}, told), tools)
     loads, stores = (re.findall(rf"\b{word}\b([.\w]*)", code) for word in ("LDG", "STG"))
     narrow = [sum(".128" not in access for access in accesses) for accesses in (loads, stores)]
     found = dict(

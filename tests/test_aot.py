@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for sm_80 and sm_90: 16-byte accesses, no spills."""
+"""The Triton kernels compiled ahead of time for sm_80 and sm_90: 16-byte accesses, no spills, tensor cores."""
 
 import importlib.util
 import json
@@ -12,10 +12,10 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there (not Linux)")
 
 
-def check(cache, *arguments):
+def check(cache, *arguments, program="aot_checker.py"):
     # A cache of its own: what is read was compiled now.
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(Path(__file__).with_name("aot_checker.py")), *arguments]
+    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -40,3 +40,17 @@ def test_a_missing_disassembler_is_a_failure(tmp_path):
     result = check(tmp_path, "planted", "--tools", str(tmp_path / "nowhere"))
     assert result.returncode == 1
     assert "cuobjdump" in result.stderr
+
+
+def test_window_attention_runs_on_tensor_cores_and_spills_nothing(tmp_path):
+    result = check(tmp_path, "product", "planted", program="aot_window.py")
+    assert result.returncode == 0, result.stderr
+    reports = json.loads(result.stdout)
+    assert len(reports["product"]) == 9
+    assert [report["name"] for report in reports["product"] if report["faults"]] == []
+    assert sum(report["HGMMA"] > 0 for report in reports["product"]) == 3
+    # The same checker goes red.
+    for spilling, single in zip(*[iter(reports["planted"])] * 2, strict=True):
+        assert [fault.split(":")[0] for fault in spilling["faults"]] == ["spills"]
+        assert spilling["local"] > 0
+        assert [fault.split(":")[0] for fault in single["faults"]] == ["tensor cores", "waiting"]

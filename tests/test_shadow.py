@@ -7,10 +7,16 @@ import math
 import pytest
 import torch
 from analytic import images, seed
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fastadv import models, ops, window_attention, window_block
+from fastadv.engine import Fast
 from fastadv.errors import DataError
 from fastadv.pgd import PGD
+from fastadv.shadow import Shadow
 from fastadv.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 8 / 255)
@@ -104,3 +110,184 @@ def test_it_keeps_nothing_of_the_callers_tensors(task):
         fast(x, y, THREAT)
     assert torch.equal(fast(copies[1], copies[2], THREAT, generator=seed()), first)
     assert torch.equal(first, copies[0])
+
+
+def swin():
+    return models.create("swin_micro_64", 10).eval(), torch.rand(2, 3, 64, 64, generator=seed()), torch.tensor([1, 2])
+
+
+def vit():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+    return model.eval(), torch.rand(2, 3, 32, 32, generator=seed()), torch.tensor([1, 2])
+
+
+def resnet(**options):
+    torch.manual_seed(0)
+    options = {"block": BasicBlock, "channels": (8, 16, 16, 32), "stem_width": 8, **options}
+    model = ResNet(layers=(1, 1, 1, 1), num_classes=10, **options)
+    return model.eval(), torch.rand(2, 3, 64, 64, generator=seed()), torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize("make", [swin, vit, resnet, lambda: resnet(block=Bottleneck, stem_type="deep", avg_down=True)])
+def test_bf16_copies_are_as_good_as_autocast_and_follow_the_weights(make):
+    """What CUDA gets; here in slow arithmetic, with the same rounding."""
+    model, x, y = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dtypes = []
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    inner = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][3]
+    for module in (first, inner, last):
+        module.register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
+    copied = Fast(PGD(steps=2), Shadow(model, "bf16", copies=True), capture=False)
+    cast = Fast(PGD(steps=2), Shadow(model, "bf16", copies=False), capture=False)
+    exact = PGD(steps=2).on(model, precision="fp32")
+    for _ in range(2):
+        dtypes.clear()
+        got = copied.run(x, y, THREAT, seed())
+        # Patches and head in float32, in between bf16; then the score, all in float32.
+        assert dtypes[:3] == [torch.float32, torch.bfloat16, torch.float32]
+        assert dtypes[-3:] == [torch.float32] * 3
+        assert copied.shadow.copies
+        want, rough = exact.run(x, y, THREAT, seed()), cast.run(x, y, THREAT, seed())
+        # A few signs near zero turn out otherwise, about as many as under autocast.
+        errors = [(attack.adv != want.adv).float().mean() for attack in (got, rough)]
+        assert errors[0] < 3 * errors[1] + 0.01
+        torch.testing.assert_close(got.loss, want.loss, rtol=0.02, atol=0.02)
+        with torch.no_grad():
+            # In place and behind the back of the version counter.
+            last.weight.data.mul_(-3)
+            inner.weight.mul_(-1)
+    last.weight.data.mul_(1 / 9)
+    assert same_state(model, before)
+    assert all(p.dtype == torch.float32 and type(p) is nn.Parameter for p in model.parameters())
+    assert all(len(module._forward_hooks) <= 1 for module in model.modules())
+
+
+def same_state(model, before):
+    return all(torch.allclose(tensor, before[name], atol=1e-6) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_copied_to_bf16_is_attacked_under_autocast(monkeypatch):
+    model, x, y = swin()
+    attack = Fast(PGD(steps=2), Shadow(model, "bf16", copies=True), capture=False)
+    want = Fast(PGD(steps=2), Shadow(model, "bf16", copies=False), capture=False)(x, y, THREAT, seed())
+
+    class Picky(nn.Module):
+        def forward(self, x):
+            assert x.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"), "bf16 without autocast"
+            return x
+
+    model.backbone.norm = nn.Sequential(model.backbone.norm, Picky())
+    with pytest.warns(UserWarning, match=r"run under autocast: bf16 weights fail \(bf16 without autocast") as caught:
+        got = attack(x, y, THREAT, seed())
+    assert len(caught) == 1
+    assert torch.equal(got, want)
+    assert attack.precision == "bf16"
+
+
+def block_classes(model):
+    return [type(module) for module in model.modules() if isinstance(module, SwinTransformerBlock)]
+
+
+def test_window_attention_is_fused_inside_the_attack_and_nowhere_else(monkeypatch):
+    assert ops.body("window_attention") == "cpp"
+    model, x, y = swin()
+    calls = []
+    op = window_block.window_attention
+    monkeypatch.setattr(window_block, "window_attention", lambda *args: calls.append(1) or op(*args))
+    fast = PGD(steps=2).on(model, precision="fp32")
+    got = fast.run(x, y, THREAT, seed())
+    # Six blocks in two steps and a score.
+    assert len(calls) == 18
+    assert set(block_classes(model)) == {SwinTransformerBlock}
+    want = PGD(steps=2).run(model, x, y, THREAT, generator=seed())
+    assert len(calls) == 18
+    assert ((got.adv - want.adv).abs() < 1e-6).float().mean() > 0.999
+    # One who uses the op himself keeps it.
+    window_attention.insert(model)
+    fast(x, y, THREAT, seed())
+    assert SwinTransformerBlock not in block_classes(model)
+
+
+class Residual(nn.Module):
+    """A block whose order of calls is its own secret: nothing in it is folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return self.conv1(self.bn1(x))
+
+
+def convolutional():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        Residual(),
+        *(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return model.train(), images(4), torch.arange(4)
+
+
+@pytest.mark.parametrize("make", [convolutional, resnet])
+def test_batch_norm_is_folded_into_the_convolution_before_it_and_follows_the_weights(make):
+    model, x, y = make()
+    fast = PGD(steps=2).on(model, precision="fp32")
+    for _ in range(2):
+        want = PGD(steps=2).run(model, x, y, THREAT, generator=seed())
+        with fast.shadow.standing_in():
+            folded = sum(isinstance(module, nn.Identity) for module in model.modules())
+        folded -= sum(isinstance(module, nn.Identity) for module in model.modules())
+        assert folded == (2 if make is convolutional else 13)
+        got = fast.run(x, y, THREAT, seed())
+        assert ((got.adv - want.adv).abs() < 1e-6).float().mean() > 0.99
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.mul_(1.1)
+
+
+def test_batch_norm_is_not_folded_where_someone_looks_or_it_trains():
+    model, x, y = convolutional()
+    seen = []
+    fast = PGD(steps=1).on(model, precision="fp32")
+    fast(x, y, THREAT)
+    # Hooks added later count too.
+    model[1].register_forward_hook(lambda *call: seen.append(1))
+    fast(x, y, THREAT)
+    assert seen
+    model, x, y = convolutional()
+    attack = PGD(steps=2, mode="as-is", loss="margin")
+    got, want = attack.on(model, precision="fp32")(x, y, THREAT, seed()), attack(model, x, y, THREAT, generator=seed())
+    assert torch.equal(got, want)
+
+
+def test_large_maps_go_through_convolutions_with_their_channels_last():
+    model, x, y = convolutional()
+    layouts = []
+    model[2].register_forward_hook(
+        lambda module, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
+    fast = PGD(steps=2).on(model, precision="fp32")
+    # Most work on 8x8 and 6x6 pixels: less than a tenth on maps below 7x7 needs larger images.
+    got = fast(x, y, THREAT, seed())
+    assert layouts[-1] is False
+    large = torch.cat([torch.cat([x, x], 2)] * 2, 3)
+    again = fast(large, y, THREAT, seed())
+    assert layouts[-1] is True
+    assert got.is_contiguous()
+    assert again.is_contiguous()
+    want = PGD(steps=2)(model, large, y, THREAT, generator=seed())
+    assert ((again - want).abs() < 1e-6).float().mean() > 0.99

@@ -8,55 +8,73 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fastadv import assemble, ops, strategies
+from fastadv import assemble, data, ops, strategies
 from fastadv.errors import SettingsError
-from fastadv.heads import ranli
+from fastadv.heads import ranli, zero
+from fastadv.losses import clean_ce
 from fastadv.models import create
 from fastadv.recipe import Recipe
 from fastadv.runlog import read
 from fastadv.strategies import STRATEGIES, Stage, strategy
+from fastadv.strategies.finetune import HEADS, TUNINGS
 from fastadv.train import train
 from fastadv.tuning import full, linear
 
 NAMES = sorted(strategies.load_all())
-# Seconds on one core: 64 training images, one attack step.
+# Seconds on one core: 64 training images, 20 for validation and 40 for the test, one or two attack steps.
 TINY = {
-    "data": "digits",
     "weights": "none",
     "per_class": 7,
     "val_images": 20,
     "train_steps": 2,
     "eval_steps": 1,
     "probe_epochs": 1,
-    "epochs": 2,
+    "epochs": 1,
     "batch_size": 16,
     "precision": "fp32",
 }
 
 
-def tiny(name: str) -> Recipe:
-    return dataclasses.replace(strategies.load_all()[name].recipe, strategy=name, **TINY)
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digits as a folder of .npz files with few test images."""
+    folder, splits = tmp_path_factory.mktemp("digits"), data.load("digits")
+    for name, images, count in (("train", splits.train, 300), ("test", splits.test, 40)):
+        pixels = images.images[:count].permute(0, 2, 3, 1).numpy()
+        np.savez(folder / f"{name}.npz", images=pixels, labels=images.labels[:count].numpy())
+    return str(folder)
+
+
+def in_the_backbone(key: str) -> str:
+    """The name a parameter has before a tuning wraps the module it belongs to."""
+    return key.replace(".base.", ".").replace(".mlp.mlp.", ".mlp.").replace(".block.", ".")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_strategy_trains_and_only_what_should_moves(name: str, tmp_path: Path) -> None:
-    recipe = tiny(name)
+def test_every_strategy_trains_and_only_what_should_moves(name: str, tmp_path: Path, few_digits: str) -> None:
+    recipe = dataclasses.replace(strategies.load_all()[name].recipe, strategy=name, data=few_digits, **TINY)
     stages = list(STRATEGIES[name].stages(recipe))
-    untouched = create(recipe.model, 10)
-    learns = {key: False for key, _ in untouched.named_parameters()}
+    model = create(recipe.model, 10)
+    learns: dict[str, bool] = {}
     for stage in stages:
-        stage.tuning(untouched)
-        for key, parameter in untouched.named_parameters():
-            learns[key] |= parameter.requires_grad
+        stage.tuning(model)
+        for key, parameter in model.named_parameters():
+            learns[in_the_backbone(key)] = learns.get(in_the_backbone(key), False) or parameter.requires_grad
     before = assemble.model(recipe, 10).state_dict()
     report = train(recipe, tmp_path / "run")
     after = assemble.trained(tmp_path / "run", recipe).state_dict()
-    for key, learned in learns.items():
-        assert torch.equal(after[key], before[key]) != learned, key
-    assert report["reports"][0]["n"] == 400
+    known = [key for key in after if in_the_backbone(key) in before]
+    assert len(known) == len(before)
+    for key in known:
+        inner = in_the_backbone(key)
+        assert torch.equal(after[key], before[inner]) != learns[inner], key
+    # What a tuning adds learns.
+    assert all(learns[key] for key in after if key not in known)
+    assert report["reports"][0]["n"] == 40
     began = [event for event in read(tmp_path / "run" / "log.jsonl") if event["event"] == "stage"]
     assert [event["name"] for event in began] == [stage.name for stage in stages]
     # It was the fast body that ran, wherever there is one.
@@ -80,6 +98,20 @@ def test_roli_is_a_probe_and_then_full_finetuning_from_its_head() -> None:
     assert stages[1].head is None
     (only,) = STRATEGIES["ranli-full"].stages(Recipe(epochs=5))
     assert (only.tuning, only.head, only.epochs) == (full, ranli, 5)
+
+
+def test_every_head_meets_every_tuning() -> None:
+    assert {f"{head}-{tuning}" for head in HEADS for tuning in TUNINGS} | {"linear"} <= set(NAMES)
+    assert len(HEADS) * len(TUNINGS) == 20
+    for tuning, (learns, _, _) in TUNINGS.items():
+        heads = {head: list(STRATEGIES[f"{head}-{tuning}"].stages(Recipe())) for head in HEADS}
+        assert all(stages[-1].tuning is learns for stages in heads.values())
+        assert [stages[-1].head for stages in heads.values()] == [ranli, None, None, zero]
+        assert [len(stages) for stages in heads.values()] == [1, 2, 2, 1]
+    (probe, _) = STRATEGIES["lp-full"].stages(Recipe())
+    # Clean from loss to choice of the best weights.
+    assert (probe.tuning, probe.loss.func, probe.robust) == (linear, clean_ce, False)
+    assert STRATEGIES["roli-lora"].summary != STRATEGIES["ranli-lora"].summary != STRATEGIES["ranli-bias"].summary
 
 
 def test_the_papers_attack_is_the_default() -> None:

@@ -79,7 +79,7 @@ def test_a_nan_loss_stops_before_the_update(tmp_path: Path) -> None:
         return good * float("nan") if len(weights) == 4 else good
 
     def model_of(forward: Any) -> Classifier:
-        return forward.__closure__[0].cell_contents
+        return dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))["model"].cell_contents
 
     with pytest.raises(NumericalError, match=r"not finite \(loss nan\) at stage s, step 4; the update was skipped"):
         run_fit(tmp_path / "run", loss=loss)

@@ -11,9 +11,13 @@ from collections.abc import Callable
 from torch import nn
 
 from fastadv.models import Classifier
+from fastadv.tuning.adapter import adapter
+from fastadv.tuning.bias import bias
 from fastadv.tuning.full import full
 from fastadv.tuning.linear import linear
+from fastadv.tuning.lora import lora
+from fastadv.tuning.prompt import prompt
 
 Tuning = Callable[[Classifier], list[nn.Module]]
 
-__all__ = ["Tuning", "full", "linear"]
+__all__ = ["Tuning", "adapter", "bias", "full", "linear", "lora", "prompt"]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.data import ImageSet
-from fastadv.errors import SettingsError
-from fastadv.evaluate import evaluate, measure, radii, wilson
+from fastadv.measure import curve, evaluate, measure, wilson
 from fastadv.pgd import PGD
 from fastadv.threat import ThreatModel
 
@@ -69,7 +68,8 @@ def test_a_batch_with_no_image_right_is_robust_nowhere() -> None:
 
 
 def test_the_report_names_its_conditions() -> None:
-    report = evaluate(Brightness(), images(), ATTACK, ThreatModel(eps=8 / 255), seed=3)
+    report, verdict = evaluate(Brightness(), images(), ATTACK, ThreatModel(eps=8 / 255), seed=3)
+    assert (verdict.n, verdict.clean, verdict.robust) == (8, 7, round(8 * report.robust))
     assert (report.n, report.eps, report.attack, report.verdict) == (8, 8 / 255, "PGD-5", "worst")
     assert (report.precision, report.device, report.seed) == ("fp32", "cpu", 3)
     assert report.clean_interval == wilson(7, 8)
@@ -85,8 +85,40 @@ def test_wilson_intervals(hits: int, n: int, low: float, high: float) -> None:
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_radii_are_read_from_a_list() -> None:
-    assert radii("4/255,0.5", 1.0) == [4 / 255, 0.5]
-    assert radii(None, 0.25) == [0.25]
-    with pytest.raises(SettingsError, match="eps is '8/'"):
-        radii("8/", 1.0)
+def test_a_verdict_is_about_every_single_image() -> None:
+    """At 8/255 whatever lies less than 8 grey levels from the boundary falls; the first was wrong to begin with."""
+    attack = PGD(steps=40, step_size=2 / 255, keep="success")
+    found = measure(Brightness(), images(), attack, ThreatModel(eps=8 / 255), batch_size=3)
+    assert found.right.tolist() == [False] + [True] * 7
+    assert found.survived.tolist() == [level not in (0, 120, 127, 128, 135) for level in LEVELS.tolist()]
+
+
+def test_the_curve_falls_where_the_closed_form_does() -> None:
+    """An image survives a radius that is smaller than its distance from the boundary; the last radius leaves none."""
+    attack = PGD(steps=40, step_size=1, keep="success")
+    right = measure(Brightness(), images(), None, ThreatModel()).right
+    found = curve(Brightness(), images(), attack, ThreatModel(eps=8 / 255), right=right)
+    assert found.eps[:5] == pytest.approx([0, 2 / 255, 4 / 255, 8 / 255, 16 / 255])
+    distance = (LEVELS / 255.0 - 0.5).abs()
+    for eps, survived in zip(found.eps, found.survived, strict=True):
+        assert torch.equal(survived, right & (distance > eps)), eps
+    # The darkest right one is 155/255 from the boundary's brighter side, 255 levels less a half: 127.5/255.
+    assert found.eps[-2] < 0.5 <= found.eps[-1]
+    assert not found.survived[-1].any()
+
+
+def test_the_curve_of_a_model_that_cannot_be_attacked_ends_with_the_box() -> None:
+    class Constant(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0 + torch.tensor([1.0, 0.0])
+
+    right = measure(Constant(), images(), None, ThreatModel()).right
+    found = curve(Constant(), images(), ATTACK, ThreatModel(eps=8 / 255), right=right)
+    assert right.any()
+    assert found.eps[-1] == 1.0
+    assert torch.equal(found.survived[-1], right)
+
+
+def test_a_curve_without_a_right_image_is_its_start() -> None:
+    found = curve(Brightness(), images(), ATTACK, ThreatModel(), right=torch.zeros(8, dtype=torch.bool))
+    assert found.eps == (0.0,)

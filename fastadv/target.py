@@ -1,0 +1,129 @@
+"""What an evaluation is about: the model and images of a run, or a model that was trained elsewhere and its images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastadv import assemble
+from fastadv.data import ImageSet, load_test
+from fastadv.errors import DataError, SettingsError
+from fastadv.pgd import PGD
+from fastadv.threat import Norm
+
+if TYPE_CHECKING:
+    from fastadv.evaluate import Settings
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Target:
+    """A model, the images it is asked about, and how it is attacked where the command line says nothing else."""
+
+    name: str
+    model: nn.Module
+    images: ImageSet
+    norm: Norm
+    eps: float
+    attack: PGD
+    seed: int
+    batch_size: int
+    folder: Path
+    """Where results go."""
+    recipe: dict[str, Any]
+    """The settings behind the model, as far as they are known."""
+
+
+def of_run(folder: Path, settings: Settings) -> Target:
+    """The best model of the run in ``folder`` and its test images.
+
+    Raises SettingsError where there is no finished run, DataError where the data does not have the run's classes.
+    """
+    recipe = assemble.saved_recipe(folder)
+    if not (folder / "best").exists():
+        raise SettingsError(f"the run in {folder} is not finished", f"finish it with --resume {folder}")
+    for name in ("weights", "image_size"):
+        if getattr(settings, name) is not None:
+            raise SettingsError(f"--{name.replace('_', '-')} for a run", "it belongs to --model; a run has its own")
+    skips = "skip" in (recipe.on_bad_image, settings.on_bad_image)
+    recipe = dataclasses.replace(recipe, data=settings.data or recipe.data, on_bad_image="skip" if skips else "fail")
+    model = assemble.trained(folder, recipe).to(assemble.device(settings.device))
+    images = assemble.test_images(recipe)
+    trained_on = json.loads((folder / "split.json").read_text())["classes"]
+    if list(images.classes) != trained_on:
+        other = sorted(set(images.classes) ^ set(trained_on))
+        raise DataError(
+            f"{recipe.data} does not have the run's {len(trained_on)} classes: {', '.join(other[:5])} differ",
+            "--data with the classes that the run was trained on",
+        )
+    return Target(
+        name=folder.resolve().name,
+        model=model,
+        images=first(images, settings.images),
+        norm=settings.norm or recipe.norm,
+        eps=recipe.eps,
+        attack=recipe.eval_attack,
+        seed=recipe.seed if settings.seed is None else settings.seed,
+        batch_size=settings.batch_size or 4 * recipe.batch_size,
+        folder=folder,
+        recipe=dataclasses.asdict(recipe),
+    )
+
+
+def of_model(settings: Settings) -> Target:
+    """A timm or torchvision model with its weights and its images. Raises SettingsError where one is not named."""
+    name, weights, data = settings.model or "", settings.weights, settings.data
+    for flag, value in (("--weights", weights), ("--data", data)):
+        if value is None:
+            raise SettingsError(f"--model {name} without {flag}", "give --weights FILE and --data FOLDER with it")
+    assert weights is not None and data is not None
+    from fastadv import foreign
+
+    model = foreign.load(name, weights, image_size=settings.image_size)
+    images, _ = load_test(data, image_size=settings.image_size or model.input_size, on_bad_image=settings.on_bad_image)
+    return Target(
+        name=name,
+        model=model.to(assemble.device(settings.device)).eval(),
+        images=first(as_classes_of(images, model.num_classes), settings.images),
+        norm=settings.norm or "linf",
+        eps=4 / 255,
+        attack=PGD(steps=10, step_size=1 / 255, keep="success"),
+        seed=settings.seed or 0,
+        batch_size=settings.batch_size or 64,
+        folder=Path("runs") / f"{name}-{Path(data).name}",
+        recipe={"model": name, "weights": weights, "data": data},
+    )
+
+
+def as_classes_of(images: ImageSet, num_classes: int) -> ImageSet:
+    """``images`` with the labels of a model with ``num_classes`` outputs.
+
+    Folders in alphabetical order are the classes from 0 on; of ImageNet's 1,000 some are enough where the folders bear
+    their WordNet ids. Raises DataError for any other number of classes.
+    """
+    if len(images.classes) == num_classes:
+        return images
+    if num_classes == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        names: Any = ImageNetInfo()
+        places = {name: place for place, name in enumerate(names.label_names())}
+        if all(name in places for name in images.classes):
+            return dataclasses.replace(
+                images,
+                labels=images.labels.new_tensor([places[name] for name in images.classes])[images.labels],
+                classes=tuple(places),
+            )
+    raise DataError(
+        f"the data has {len(images.classes)} classes, the model {num_classes}",
+        "--data with a folder for every class of the model, in the order of its outputs, or ImageNet's ids as names",
+    )
+
+
+def first(images: ImageSet, count: int | None) -> ImageSet:
+    """The first ``count`` images, all of them for None."""
+    return dataclasses.replace(images, images=images.images[:count], labels=images.labels[:count])
