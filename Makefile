@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench
+BENCH := .venv-bench
+
+.PHONY: demo test lint types bench bench-peers bench-table gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m fastadv.train --strategy roli-full
@@ -21,6 +23,18 @@ types: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
+# Against torchattacks, foolbox, ART and cleverhans, in an environment of their own; about half an hour on two cores.
+bench-peers: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/peers.py --resume
+
+# The README's tables and their plot, from benchmarks/results.
+bench-table: $(VENV)/.installed
+	$(BIN)/python benchmarks/table.py --write
+
+# On a GPU machine, without network, into the Python that runs it; under ten minutes.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 # torch's ordinary wheels work without a GPU too; the CPU-only one breaks torchvision's import.
 $(VENV)/.installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +43,11 @@ $(VENV)/.installed: setup.py pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+$(BENCH)/.installed: setup.py pyproject.toml
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet -e ".[bench]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test

@@ -115,7 +115,7 @@ def install(check: Check) -> None:
 def machine_facts(check: Check) -> None:
     """Versions, device and commit into the document, and the file's name after the device."""
     try:
-        # Not in this process: it does without torch, which a broken installation might not let it import.
+        # Not in this process, which does without torch: a broken installation might not let it import.
         facts = json.loads(check.run([sys.executable, "-c", MACHINE], 60).splitlines()[-1])
     except (RuntimeError, IndexError, ValueError) as error:
         facts = {"unknown": str(error)[-500:]}

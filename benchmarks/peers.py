@@ -1,6 +1,6 @@
 """fastadv against its peers, taking turns in one run: PGD-10, one adversarial training step, peak memory.
 
-``python benchmarks/peers.py`` needs the ``bench`` extra, in an environment of its own, and about 25 minutes on two
+``python benchmarks/peers.py`` needs the ``bench`` extra, in an environment of its own, and about half an hour on two
 cores; ``--quick`` goes through everything in two; ``--resume`` goes on where an interrupted run stopped. ``--equal
 --data FOLDER`` counts robust images with the accelerated and the plain attack instead. Results:
 benchmarks/results/peers_<device>.json; ``python benchmarks/table.py`` makes the README's tables and the plot of them.
@@ -35,7 +35,7 @@ EQUAL_SHARE = 0.999
 MEMORY_BATCH = {SWIN_TINY: 8, RESNET50: 8, models.MICRO: 64}
 MEMORY_SIDES = (FAST, AUTO, "RoLI's loop", "MadryLab's loop", "torchattacks")
 # At 224 a training step takes seconds: all strategies on the small model, the two ends on the large one.
-TRAINED = {SWIN_TINY: ("full", "linear"), models.MICRO: training.STRATEGIES}
+TRAINED = {SWIN_TINY: (4, ("full", "linear")), models.MICRO: (32, training.STRATEGIES)}
 
 
 def attack_cell(subject: Subject, *, steps: int, rounds: int, batch_size: int) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         cells[f"attack/{name}"] = lambda subject=subject, size=size: attack_cell(
             subject, steps=args.steps, rounds=args.rounds, batch_size=size
         )
-    for name, strategies in TRAINED.items():
-        size = min(subject_named[name].batch_size, args.max_batch)
+    for name, (size, strategies) in TRAINED.items():
+        size = min(size, args.max_batch)
         for strategy in strategies:
             cells[f"training/{name}/{strategy}"] = lambda s=subject_named[name], strategy=strategy, size=size: (
                 training_cell(s, strategy, steps=min(7, args.steps), rounds=args.rounds, batch_size=size)
@@ -135,11 +135,16 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def opened(path: Path, conditions: dict[str, Any], resume: bool) -> dict[str, Any]:
     """What is known already: with ``resume``, the cells of a file that was measured under the same conditions."""
-    fresh = {"conditions": conditions, "cells": {}}
-    if not resume or not path.exists():
+    fresh: dict[str, Any] = {"conditions": conditions, "cells": {}}
+    if not path.exists():
         return fresh
     known: dict[str, Any] = json.loads(path.read_text())
-    if known["conditions"] != conditions:
+    if "equal_robustness" in known:
+        # Of a run of its own, with its own conditions beside it.
+        fresh["equal_robustness"] = known["equal_robustness"]
+    if not resume:
+        return fresh
+    if known.get("conditions") != conditions:
         print(f"{path} was measured under other conditions; starting afresh")
         return fresh
     return known

@@ -128,9 +128,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
                     run.finish_stage(model)
         run.pick_up(model)
         batch_size = 4 * recipe.batch_size
-        found = evaluate(
-            model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed, batch_size=batch_size
-        )
+        found = evaluate(model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed, batch_size=batch_size)
         run.log.event("report", **dataclasses.asdict(found[0]))
     # The progress bar is closed: the table below it stays.
     return of_training(folder, recipe, model, splits.test, found, run.history, time.monotonic() - began)

@@ -355,35 +355,33 @@ def test_where_only_plain_pytorch_could_run_timms_own_code_does(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("better", [["x86-64-v4"], ["x86-64-v4", "x86-64-v3"]], ids=["v3", "plain"])
-def test_other_instruction_sets_give_the_same(better, tmp_path):
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    csrc = Path(shutil.copytree(Path(__file__).parents[1] / "csrc", tmp_path / "csrc", ignore=ignore))
+def test_other_instruction_sets_are_as_exact(better, tmp_path):
+    csrc = Path(__file__).parents[1] / "csrc"
+    for name in ("step.h", "window_tile.h"):
+        shutil.copy(csrc / name, tmp_path)
     source = (csrc / "window_attention.cpp").read_text()
     for name in better:
         asked = f'__builtin_cpu_supports("{name}")'
         assert source.count(asked) == 1
         source = source.replace(asked, "false")
-    (csrc / "window_attention.cpp").write_text(source)
-    case = CASES[4]
-    arguments = *window_case(*case)[:3], *window_case(*case)[3]
-    torch.save(arguments, tmp_path / "arguments.pt")
-    # -O1 compiles in half of the time.
+    (tmp_path / "window_attention.cpp").write_text(source)
+    qkv, table, grad, settings = window_case(*CASES[4])
+    torch.save((qkv, table, grad, *settings), tmp_path / "arguments.pt")
+    # Without fastadv.ops, which would load the library there is. -O1 compiles in half of the time.
     code = f"""if True:
+        import os; os.chdir({str(tmp_path)!r})
         from pathlib import Path
         import torch
         from fastadv import build
         build.FLAGS = tuple(flag if flag != "-O3" else "-O1" for flag in build.FLAGS)
-        build.source_folder = lambda: Path({str(csrc)!r})
-        from fastadv import ops, window_attention
-        assert ops.body("window_attention") == "cpp"
-        qkv, table, grad, *settings = torch.load({str(tmp_path / "arguments.pt")!r}, weights_only=True)
+        torch.ops.load_library(build.compile_library(Path(), Path("built")))
+        qkv, table, grad, *settings = torch.load("arguments.pt", weights_only=True)
         results = [torch.ops.fastadv.window_attention(qkv, table, *settings)]
         results += torch.ops.fastadv.window_attention_backward(grad, qkv, table, *settings, True)
-        torch.save(results, {str(tmp_path / "results.pt")!r})
+        torch.save(results, "results.pt")
     """
-    run_python(code, XDG_CACHE_HOME=str(tmp_path / "cache"), FASTADV_OPS="native")
+    run_python(code)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    qkv, table, grad, settings = window_case(*case)
     assert all(within_twice_the_error_of_timm(results, qkv, table, grad, settings))
 
 
@@ -483,7 +481,7 @@ def test_inputs_that_are_not_served_run_timms_own_code():
     assert calls_of(dropping, x) == 1
     dropping.attn.attn_drop.train()
     with Calls() as calls:
-        torch.testing.assert_close(dropping(x).mean(), dropping(x).mean(), rtol=10.0, atol=10.0)
+        assert not torch.equal(dropping(x), dropping(x))
     assert calls.forward == 0
     # Without dropout train mode makes no difference.
     assert calls_of(block().train(), x) == 1
@@ -626,13 +624,12 @@ def test_a_frozen_table_costs_no_gradient(monkeypatch):
     assert learns == [False, True]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_as_one_graph(backend):
+def test_compiles_as_one_graph():
     module = block(shift=2)
     assert window_attention.insert(module) == 1
     x = torch.randn(2, 8, 12, 48)
     expected = block_results(module, x)
-    got = block_results(torch.compile(module, fullgraph=True, backend=backend), x)
+    got = block_results(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     graphs = []

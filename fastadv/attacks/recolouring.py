@@ -209,7 +209,7 @@ class Search:
     def _pattern(self, side: int, device: torch.device) -> Tensor:
         """The pattern, lying or standing."""
         turned = torch.rand(1, generator=self.draws) > 0.5
-        return (pattern(side).T if turned else pattern(side)).to(device)
+        return (pattern(side).T.contiguous() if turned else pattern(side)).to(device)
 
     def _windows(self, num: int, side: int) -> list[Window]:
         """``num`` windows of that side. The published code, and so parity, never draws the last row and column."""

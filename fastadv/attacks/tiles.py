@@ -56,7 +56,9 @@ def moved(
     covered = torch.zeros(x.shape[2:], device=x.device)
     covered[to] = covered[source] = 1.0
     radius = torch.full((), eps, device=x.device)
-    spare = (radius.square() - _length(change, (1, 2, 3)).square()).clamp(min=0)
+    # One sum along the image, not over three axes: parity wants the published code's roundings.
+    whole = change.flatten(1).square().sum(1).sqrt().view(-1, 1, 1, 1)
+    spare = (radius.square() - whole.square()).clamp(min=0)
     mass = (spare / x.shape[1] + _length(change * covered).square()).sqrt()
     paint = paint + here / (1e-12 + _length(here))
     paint = paint / (1e-12 + _length(paint)) * mass
@@ -65,5 +67,6 @@ def moved(
     return (x + unit(change, "l2") * eps).clamp_(*box)
 
 
-def _length(images: Tensor, over: tuple[int, ...] = (2, 3)) -> Tensor:
-    return images.square().sum(over, keepdim=True).sqrt()
+def _length(images: Tensor) -> Tensor:
+    """Of each channel, (N, C, 1, 1)."""
+    return images.square().sum((2, 3), keepdim=True).sqrt()

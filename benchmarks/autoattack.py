@@ -1,0 +1,129 @@
+"""AutoAttack against the published code, taking turns batch by batch: CPU seconds, and both robust accuracies.
+
+``python benchmarks/autoattack.py`` with pyautoattack importable: ``pip install fastadv[bench]`` in an environment of
+its own. One thread, about ten minutes. Writes results/autoattack.json. ``--parity`` also compares fast with parity mode on
+1,000 images, half an hour more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadv import __version__
+from fastadv.attacks.autoattack import AutoAttack
+from fastadv.losses import misclassified
+from fastadv.measure import wilson
+from fastadv.threat import ThreatModel
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+RESULTS = HERE / "results" / "autoattack.json"
+Attack = Callable[[nn.Module, Tensor, Tensor, ThreatModel], Tensor]
+
+
+class Case(NamedTuple):
+    """A network of tests/nets.py, a ball, and how many digits are attacked in batches of which size."""
+
+    net: str
+    threat: ThreatModel
+    n: int
+    batch_size: int
+
+
+# Radii at which about half, a tenth and a hundredth of the images survive.
+CASES = {
+    "robust": Case("residual", ThreatModel("linf", 0.08), 96, 32),
+    "robust l2": Case("residual", ThreatModel("l2", 1.0), 96, 32),
+    "a tenth robust": Case("residual", ThreatModel("linf", 0.16), 300, 100),
+    "a hundredth robust": Case("residual", ThreatModel("linf", 0.3), 500, 250),
+}
+
+
+def published(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """The images that pyautoattack's standard version comes back with."""
+    import pyautoattack
+
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    attack = pyautoattack.AutoAttack(model, norm=norm, eps=threat.eps, seed=0)
+    adv: Tensor = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    return adv
+
+
+def fast(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """The images of AutoAttack in fast mode."""
+    return AutoAttack(batch_size=len(x)).run(model, x, y, threat).adv
+
+
+def parity(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """The images of AutoAttack in parity mode."""
+    return AutoAttack(mode="parity", batch_size=len(x)).run(model, x, y, threat).adv
+
+
+def take_turns(case: Case, sides: dict[str, Attack], x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Seconds and verdicts of both sides; who goes first changes from batch to batch."""
+    import nets
+
+    model = nets.load(case.net)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    broken: dict[str, list[Tensor]] = {side: [] for side in sides}
+    for number, (xs, ys) in enumerate(zip(x.split(case.batch_size), y.split(case.batch_size), strict=True)):
+        for side in list(sides)[:: 1 if number % 2 else -1]:
+            began = time.process_time()
+            adv = sides[side](model, xs, ys, case.threat)
+            seconds[side].append(time.process_time() - began)
+            with torch.no_grad():
+                broken[side].append(misclassified(model(adv), ys))
+    one, other = sides
+    ratios = [slow / quick for slow, quick in zip(seconds[one], seconds[other], strict=True)]
+    verdicts = {side: torch.cat(found) for side, found in broken.items()}
+    report: dict[str, Any] = {"net": case.net, "norm": case.threat.norm, "eps": case.threat.eps, "n": len(x)}
+    for side in sides:
+        left = int((~verdicts[side]).sum())
+        report[side] = {
+            "cpu_seconds": round(sum(seconds[side]), 2),
+            "robust": left / len(x),
+            "robust_interval": [round(bound, 4) for bound in wilson(left, len(x))],
+        }
+    report["speed_up"] = round(sum(seconds[one]) / sum(seconds[other]), 2)
+    report["speed_up_of_batches"] = [round(ratio, 2) for ratio in sorted(ratios)]
+    report["verdicts_differ"] = int((verdicts[one] != verdicts[other]).sum())
+    return report
+
+
+def main() -> None:
+    """Measure, print a line for each case, and write the results."""
+    import nets
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parity", action="store_true", help="also compare fast with parity mode on 1,000 images")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "pyautoattack")}
+    table: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    table |= {"versions": versions | {"fastadv": __version__}, "threads": 1, "cases": {}}
+    x, y = (part.flip(0) for part in nets.digits())
+    for name, case in CASES.items():
+        found = take_turns(case, {"pyautoattack": published, "fastadv": fast}, x[: case.n], y[: case.n])
+        table["cases"][name] = found
+        print(name, json.dumps(found), flush=True)
+    if words.parity:
+        # Held-out digits first, then some of those the network was trained on.
+        case = Case("residual", ThreatModel("linf", 0.12), 1000, 250)
+        table["parity"] = take_turns(case, {"parity": parity, "fast": fast}, x[: case.n], y[: case.n])
+        print("parity", json.dumps(table["parity"]), flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
