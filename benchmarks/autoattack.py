@@ -1,8 +1,8 @@
 """AutoAttack against the published code, taking turns batch by batch: CPU seconds, and both robust accuracies.
 
 ``python benchmarks/autoattack.py`` with pyautoattack importable: ``pip install fastadv[bench]`` in an environment of
-its own. One thread, about ten minutes. Writes results/autoattack.json. ``--parity`` also compares fast with parity mode on
-1,000 images, half an hour more.
+its own. One thread, about ten minutes. Writes results/autoattack.json. ``--parity`` also compares fast with parity mode
+on 1,000 images, half an hour more.
 """
 
 from __future__ import annotations

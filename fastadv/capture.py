@@ -176,8 +176,9 @@ class Recordings:
         x, _, _, mask, _ = given
         scored = scored or self.attack.keep != "last" or self.attack.restarts > 1
         signature = (threat.norm, threat.box, x.shape[1:], x.is_contiguous(), mask is None, scored, step_for > 0)
-        sizes = [size for kind, size in self._kept if kind == signature and size >= (step_for or len(x))]
-        size = step_for or min(sizes, default=len(x))
+        sizes = [size for kind, size in self._kept if kind == signature]
+        new = _roomy(len(x)) if sizes else len(x)
+        size = step_for or min((size for size in sizes if size >= len(x)), default=new)
         if (signature, size) not in self._kept:
             climber = Climber(self.attack, room_like(given, size), threat, scored=scored)
             climber.load(given)
@@ -208,7 +209,9 @@ class RecordedTeams(EagerTeams):
     def __init__(self, recordings: Recordings, passes: ShadowPasses, given: Inputs, threat: ThreatModel) -> None:
         super().__init__(recordings.attack, passes, given, threat)
         self.recordings, self.shadowed = recordings, passes
-        recordings.largest = max(recordings.largest, len(given.x))
+        count = len(given.x)
+        if count > recordings.largest:
+            recordings.largest = _roomy(count) if recordings.largest else count
         self.sizes = [-(-recordings.largest // part) for part in (4, 2, 1)]
 
     def room(self, count: int) -> int:
@@ -221,6 +224,12 @@ class RecordedTeams(EagerTeams):
         if recording is None:
             return super().team(size)
         return Team(recording.climber, partial(self.recordings.replay, recording))
+
+
+def _roomy(count: int) -> int:
+    """``count`` rounded up, by a quarter at most: a batch larger than those before is seldom the largest to come."""
+    unit = 2 ** max(0, count.bit_length() - 3)
+    return -(-count // unit) * unit
 
 
 def _versions(model: nn.Module) -> list[int]:

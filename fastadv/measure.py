@@ -137,6 +137,8 @@ def measure(
         return _ensemble(model, images, attack, threat, batch_size, state, say)
     device = next(model.parameters()).device
     fast = attack.on(model, precision=precision) if attack else None
+    # With keep="last" the verdict is about the final iterate: nobody is finished before it.
+    drop = attack is not None and attack.keep == "success"
     rights, survivals, n = [], [], 0
     with untouched(model):
         for x, y in in_order(images, batch_size, device):
@@ -145,7 +147,7 @@ def measure(
             survived = torch.zeros_like(right)
             if fast and right.any():
                 noise = generator(device, seed, EVALUATION, n)
-                survived[right] = ~fast.run(x[right], y[right], threat, generator=noise).success
+                survived[right] = ~fast.run(x[right], y[right], threat, generator=noise, drop=drop).success
             rights.append(right.cpu())
             survivals.append(survived.cpu())
             n += len(x)

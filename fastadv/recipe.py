@@ -113,7 +113,7 @@ class Recipe:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of training and of its attack: bf16 where the device has it natively. Evaluation is always fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """The attack's passes by torch.compile; auto: on CUDA only, a CPU gains nothing by it."""
+    """The attack's passes by torch.compile; auto: on CUDA only, for on a CPU it takes a minute and more."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Attack and update recorded once and replayed, as CUDA graphs; auto: on CUDA only."""
     device: str = "auto"

@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastadv import window_reference
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (16, 32, 64)
 # exp2 is the instruction there is.
 LOG2E = tl.constexpr(1.4426950408889634)
-# Added to the score of two tokens that only the roll made neighbours. Source: timm, models/swin_transformer.py.
-HIDDEN = tl.constexpr(-100.0)
+HIDDEN = tl.constexpr(window_reference.HIDDEN)
 # Compiled for the properties of their values, a network would need a kernel per layer: seconds for each.
 SIZES = ("images", "images_per_program", "heads", "height", "width", "shift_h", "shift_w")
 

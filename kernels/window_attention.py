@@ -22,8 +22,8 @@ from fastadv.kernels.window_attention_backward import launch_backward
 
 __all__ = ["launch", "launch_backward", "supports"]
 
-# By rows of the tile and head dimension. A window of 4 is a tile of 16 rows and one warp: 137 instructions of a warp per
-# window and image (sm_90, head dimension 16). Packed by four into a tile of 64 rows it would take 335, most of them
+# By rows of the tile and head dimension. A window of 4 is a tile of 16 rows and one warp: 137 instructions of a warp
+# per window and image (sm_90, head dimension 16). Packed by four into a tile of 64 rows it would take 335, most of them
 # for pairs of tokens of different windows.
 HALF = {
     (16, 16): Tile(warps=1, resident=32),

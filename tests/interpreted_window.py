@@ -38,8 +38,8 @@ SATURATED = (4, 16, 1, (4, 8), (2, 2), 2, True)
 SMALL = (4, 16, 2, (4, 8), (1, 3), 3)
 # File of a kernel, what to replace in it by what.
 FAULTS = {
-    "no mask": ("window.py", "tl.constexpr(-100.0)", "tl.constexpr(0.0)"),
-    "mask hides for ever": ("window.py", "tl.constexpr(-100.0)", 'tl.constexpr(float("-inf"))'),
+    "no mask": ("window.py", "tl.constexpr(window_reference.HIDDEN)", "tl.constexpr(0.0)"),
+    "mask hides for ever": ("window.py", "tl.constexpr(window_reference.HIDDEN)", 'tl.constexpr(float("-inf"))'),
     "shifted to the other side": ("window.py", "+ shift_w\n", "+ (width - shift_w) % width\n"),
     "bias of the opposite offset": ("window.py", "steps[:, None] - steps[None, :]", "steps[None, :] - steps[:, None]"),
     "dq not scaled": ("window_attention_backward.py", 'k, input_precision="ieee") * scale', "k)"),

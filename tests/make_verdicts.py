@@ -25,7 +25,7 @@ from fastadv.threat import ThreatModel
 
 FILE = Path(__file__).parent / "data" / "verdicts.json"
 # Radii at which a good part of the images survives and the later stages still break some.
-RUNS = {("plain", "linf"): 0.1, ("plain", "l2"): 1.5, ("residual", "linf"): 0.15, ("residual", "l2"): 2.5}
+RUNS = {("plain", "linf"): 0.07, ("plain", "l2"): 1.5, ("residual", "linf"): 0.15, ("residual", "l2"): 2.5}
 BATCH = 250
 SMALL = 16
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")

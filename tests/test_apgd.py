@@ -144,8 +144,9 @@ def test_reaches_the_worst_case_of_a_half_space(norm: str, mode: str) -> None:
     found = APGD(steps=10, mode=mode).run(model, x, y, ball)
     assert torch.equal(found.success, fooled) and 5 < fooled.sum() < 60
     if mode == "fast":
-        # 1e-4 of the radius: an l2 ball shortened by 2^-20, and the projection's own convergence.
-        assert (found.adv - worst).abs().amax((1, 2, 3))[~fooled].max() < 1e-4 * ball.eps
+        start, end, reached = (model(at).detach()[~fooled, 1].double() for at in (x, worst, found.adv))
+        # Of the way down 2e-6 are missing: an l2 ball shortened by 2^-20, and float32.
+        assert ((reached - end) / (start - end)).max() < 1e-5
 
 
 @pytest.mark.parametrize("mode", MODES)

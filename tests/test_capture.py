@@ -177,6 +177,21 @@ def test_another_kind_of_batch_never_replays_an_old_recording(device):
     assert len(recorded.recordings._kept) <= 8
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_batches_that_vary_in_size_need_few_recordings(drop):
+    model = tiny_net()
+    plain, recorded = both(PGD(steps=2, keep="success"), model, precision="fp32")
+    for n in (33, 34, 36, 35, 40, 39, 38, 37, 33):
+        x, y = batch(n, n)
+        got, want = recorded.run(x, y, THREAT, seed(), drop=drop), plain.run(x, y, THREAT, seed(), drop=drop)
+        assert torch.equal(got.success, want.success)
+        assert recorded.captured
+    # 33, then 40; with dropping their halves and quarters too, as far as they were needed.
+    sizes = [size for _, size in recorded.recordings._kept]
+    assert max(sizes) == 40
+    assert len(sizes) <= (6 if drop else 2)
+
+
 def test_noise_is_that_of_the_unrecorded_attack(task):
     model, x, y = task
     plain, recorded = both(PGD(steps=1), model, precision="fp32")

@@ -127,11 +127,11 @@ class Search:
 
     def _ask(self, rows: Rows, adv: Tensor) -> Tensor:
         """One query: which of ``adv`` have a larger margin than the best so far, bool (N, 1, 1, 1)."""
-        if self.passes.rounded:
+        if self.parity:
+            logits = self.passes.score(adv)
+        else:
             with torch.no_grad():
                 logits = logits_of(self.passes.forward, adv, self.ledger.num_labels)
-        else:
-            logits = self.passes.score(adv)
         loss = margin(logits, rows.y)
         rows.bad |= ~loss.isfinite()
         better = loss > rows.loss
