@@ -29,7 +29,7 @@ MODELS = {
     "swin_tiny_224": (2, 7, ((56, 96, 3), (28, 192, 6), (14, 384, 12), (7, 768, 24))),
 }
 ROUNDS = 7
-# How much slower than the op timm's code must be, on any CPU. Measured on one: 1.5 to 2.3 in blocks that are not shifted.
+# How much slower than the op timm's code must be, on any CPU. Measured on one: 1.5 to 2.3 in unshifted blocks.
 PROMISED = 1.15
 
 
