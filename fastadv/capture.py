@@ -228,7 +228,7 @@ class RecordedTeams(EagerTeams):
 
 def _roomy(count: int) -> int:
     """``count`` rounded up, by a quarter at most: a batch larger than those before is seldom the largest to come."""
-    unit = 2 ** max(0, count.bit_length() - 3)
+    unit = 1 << max(0, count.bit_length() - 3)
     return -(-count // unit) * unit
 
 
