@@ -363,7 +363,8 @@ def test_parity_finds_what_the_published_code_found(norm, targeted):
     # Another machine may add in another order, and a bit turns an iterate: 1e-3 of the length then (measured).
     torch.testing.assert_close(length(adv, x, norm), expected, rtol=3e-3, atol=1e-6)
     fast = FAB(targeted=targeted, steps=20, targets=3, restarts=2).run(model, x, y, ThreatModel(norm, RADIUS[norm]))
-    assert (fast.success >= success).all()
+    # Other random restarts: an image near the radius may be found by one and missed by the other.
+    assert (fast.success != success).sum() <= 1
 
 
 @pytest.mark.parametrize("targeted", [True, False])
