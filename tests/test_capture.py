@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -340,6 +341,84 @@ def test_out_of_memory_names_a_batch_that_would_fit(capture):
     assert refusal.value.fix == "attack 4 images at a time (--batch-size)"
     assert refusal.value.exit_code == 6
     assert fast(*batch(4), THREAT).shape == (4, 3, 8, 8)
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: replays by calling, and breaks as CUDA does, when the recording ends."""
+
+    def __init__(self, broken=False):
+        self.broken = broken
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None or self.broken:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A recorder that takes itself for one on CUDA."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    fakes = {
+        "Stream": lambda device: Stream(),
+        "current_stream": lambda device: Stream(),
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "graph_pool_handle": lambda: (0, 1),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+        "CUDAGraph": FakeGraph,
+        "graph": lambda graph, **options: graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    recorder = Recorder(torch.device("cuda"))
+    recorder.device = torch.device("cpu")
+    return recorder
+
+
+def test_work_that_waits_for_the_device_is_noticed_before_anything_is_recorded(fake_cuda):
+    def waits():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    assert fake_cuda.warm(lambda: None) is False
+    assert fake_cuda.warm(waits) is True
+    with pytest.warns(UserWarning, match="something else"):
+        assert fake_cuda.warm(lambda: warnings.warn("something else", stacklevel=1)) is False
+
+    class Reads(Affine):
+        def forward(self, x):
+            waits()
+            return super().forward(x)
+
+    fast = PGD(steps=2).on(Reads(10), precision="fp32", capture="on")
+    fast.recordings.recorder = fake_cuda
+    x, y = batch(4)
+    with pytest.warns(UserWarning) as caught:
+        got = fast(x, y, THREAT, seed())
+    said = [str(warning.message) for warning in caught if "called" not in str(warning.message)]
+    assert said == ["fastadv: attacks on Reads run without capture: it waits for the device"]
+    assert torch.equal(got, PGD(steps=2).on(Affine(10), precision="fp32")(x, y, THREAT, seed()))
+
+
+def test_the_reason_of_a_failed_recording_is_what_broke_it_and_not_how_it_ended(fake_cuda):
+    def breaks():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(CaptureError, match=r"^CUDA error: operation not permitted when stream is capturing$"):
+        fake_cuda.record(breaks)
+
+    def runs_out():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fake_cuda.record(runs_out)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastadv.capture import CaptureError, Recorder
 from fastadv.errors import NumericalError
 from fastadv.losses import adversarial_ce, clean_ce
 from fastadv.models import Classifier
-from fastadv.recipe import Recipe
+from fastadv.recipe import Recipe, read_recipe
 from fastadv.run import Run
 from fastadv.runlog import Progress
 from fastadv.strategies import Stage
@@ -179,3 +180,11 @@ def test_on_a_cpu_nothing_is_recorded_unless_asked_for(tmp_path: Path, updates: 
         warnings.simplefilter("error")
         weights_of(tmp_path / "run", capture="auto", loss=clean_ce, tuning=linear)
     assert not updates[0].recorded
+
+
+def test_a_recipe_saved_before_there_was_capture_loads(tmp_path: Path) -> None:
+    saved = json.loads(RECIPE.to_json())
+    assert (saved.pop("compile"), saved.pop("capture")) == ("off", "auto")
+    (tmp_path / "recipe.json").write_text(json.dumps(saved))
+    recipe = read_recipe(tmp_path / "recipe.json")
+    assert (recipe.compile, recipe.capture) == ("auto", "auto")
