@@ -99,5 +99,13 @@ setup(
     extras_require={
         "test": ["pytest>=8.3", "pytest-benchmark>=5.1", "hypothesis>=6.100"],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
+        # What benchmarks/ compares with. For an environment of their own: they pin old versions of others.
+        "bench": [
+            "torchattacks>=3.5.1",
+            "foolbox>=3.3.4",
+            "adversarial-robustness-toolbox>=1.20",
+            "cleverhans>=4.0",
+            "pyautoattack>=0.2",
+        ],
     },
 )

@@ -2,8 +2,8 @@
 
 All three hold the same weights and give the same numbers before they are timed, taking turns. Ratios are of the best
 CPU seconds on a CPU (wall seconds on a GPU) of each, which other processes disturb least. Shifted blocks are told apart
-from others: the weights that timm's mask leaves, e^-100, are denormal numbers, for which CPUs have a slow path. It alone
-makes timm's shifted blocks 2.1 to 2.7 times slower (measured with torch.set_flush_denormal).
+from others: the weights that timm's mask leaves, e^-100, are denormal numbers, for which CPUs have a slow path. That
+alone makes timm's shifted blocks 2.1 to 2.7 times slower (measured with torch.set_flush_denormal).
 """
 
 from __future__ import annotations

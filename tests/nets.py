@@ -67,7 +67,7 @@ def residual() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 16, 4, stride=4, bias=False),
         nn.BatchNorm2d(16),
-        Steep(6),
+        Steep(3),
         Residual(16),
         nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(32),
