@@ -78,11 +78,18 @@ def model(recipe: Recipe, num_classes: int) -> Classifier:
 
 
 def trained(folder: Path, recipe: Recipe) -> Classifier:
-    """The best model of the run in ``folder``, on the CPU, in eval mode. Raises CheckpointError for damaged files."""
+    """The best model of the run in ``folder``, on the CPU, in eval mode, without what only training needs.
+
+    Raises CheckpointError for damaged files.
+    """
     state = checkpoint.load(folder / "best")[0]["model.safetensors"]
     found = model(dataclasses.replace(recipe, weights="none"), state["head.weight"].shape[0])
-    for stage in load_all()[recipe.strategy].stages(recipe):
+    stages = list(load_all()[recipe.strategy].stages(recipe))
+    for stage in stages:
         stage.tuning(found)
     weightfile.match(found.state_dict(), state)
     found.load_state_dict(state, strict=True)
+    for stage in stages:
+        if stage.scaffold:
+            delattr(found, stage.scaffold)
     return found.eval()

@@ -68,11 +68,16 @@ def command(
     return 0
 
 
-def pick(argv: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
-    """The values of the flags ``names``, None where not given, and the other arguments. SettingsError for no value."""
+def pick(argv: Sequence[str], *names: str, switches: Sequence[str] = ()) -> tuple[argparse.Namespace, list[str]]:
+    """The values of the flags ``names``, None where not given, and the other arguments. SettingsError for no value.
+
+    ``switches`` are flags without a value: True where given.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:
         parser.add_argument(name)
+    for name in switches:
+        parser.add_argument(name, action="store_true")
     try:
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

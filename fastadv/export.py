@@ -1,5 +1,7 @@
 """A finished run for other tools: ``python -m fastadv.export RUN --to robustbench`` writes what RobustBench can load.
 
+``--to peft`` writes a LoRA run's adapter instead (:mod:`fastadv.peft_layout`).
+
 RobustBench asks timm for a model called NAME_DATASET_THREAT before it looks into its own zoo. The folder written holds
 a Python file that registers one under that name, and its weights. The file needs torch, timm and safetensors alone:
 RobustBench pins an older timm than this package takes.
@@ -19,7 +21,7 @@ import timm
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastadv import __version__, assemble, models, weightfile
+from fastadv import __version__, assemble, models, peft_layout, weightfile
 from fastadv.cli import command, parse
 from fastadv.errors import CheckpointError, SettingsError
 from fastadv.models import Classifier
@@ -37,10 +39,12 @@ LEADERBOARDS = {
     ("cifar100", "linf"): 8 / 255,
     ("imagenet", "linf"): 4 / 255,
 }
-_MICRO = (
-    "timm.models.swin_transformer.SwinTransformer(img_size=64, patch_size=4, window_size=4, embed_dim=48, "
-    "depths=(2, 2, 2), num_heads=(3, 6, 12), num_classes=0)"
-)
+_MICROS = {
+    "swin_micro_64": "timm.models.swin_transformer.SwinTransformer(img_size=64, patch_size=4, window_size=4, "
+    "embed_dim=48, depths=(2, 2, 2), num_heads=(3, 6, 12), num_classes={classes})",
+    "resnet_micro_64": "timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), "
+    'channels=(32, 64, 128, 256), stem_type="deep", stem_width=8, num_classes={classes})',
+}
 _MODULE = '''"""{title}, registered in timm as {stem}. {note}
 
 Written by fastadv {version}.
@@ -109,18 +113,18 @@ benchmark(model, model_name="{name}", dataset="{dataset}", threat_model="{threat
 class Settings:
     """Export a finished run."""
 
-    to: Literal["robustbench"] = "robustbench"
-    """The tool that is to load it."""
+    to: Literal["robustbench", "peft"] = "robustbench"
+    """The tool that is to load it. peft: a run whose strategy ends in -lora."""
     out: str | None = None
-    """Folder to write. Default: RUN/robustbench."""
+    """Folder to write. Default: RUN/robustbench or RUN/peft."""
     name: str | None = None
-    """What the tool calls the model: letters, digits, - and _. Default: the run's."""
+    """What RobustBench calls the model: letters, digits, - and _. Default: the run's."""
     dataset: Literal["cifar10", "cifar100", "imagenet"] | None = None
     """Which of RobustBench's sets the run's data are, where --data was not cifar10 or cifar100."""
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
-    """Export the run named first on the command line; gives what the model's card holds."""
+    """Export the run named first on the command line; gives what the model's card or the adapter's settings hold."""
     about = "Export a finished run for another tool."
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
@@ -128,7 +132,12 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         raise SettingsError("no run given", f"{PROGRAM} runs/NAME --to robustbench --out FOLDER")
     settings = parse(Settings, None, argv[1:], f"{PROGRAM} RUN", about)
     run = Path(argv[0])
-    return robustbench(run, Path(settings.out or run / "robustbench"), settings.name, settings.dataset)
+    out = Path(settings.out or run / settings.to)
+    if settings.to == "robustbench":
+        return robustbench(run, out, settings.name, settings.dataset)
+    if settings.name or settings.dataset:
+        raise SettingsError("--name and --dataset with --to peft", "leave them out: an adapter has neither")
+    return peft(run, out)
 
 
 def robustbench(run: Path, out: Path, name: str | None = None, dataset: str | None = None) -> dict[str, Any]:
@@ -137,9 +146,7 @@ def robustbench(run: Path, out: Path, name: str | None = None, dataset: str | No
     Raises SettingsError for a run that is not finished, a set RobustBench does not have, a name it cannot find, and
     files that are there already; CheckpointError for a model with modules that timm does not have.
     """
-    recipe = assemble.saved_recipe(run)
-    if not (run / "best").exists():
-        raise SettingsError(f"the run in {run} is not finished", f"finish it with --resume {run}")
+    recipe = _recipe_of_finished(run)
     name = name or run.resolve().name
     dataset, threat = dataset or recipe.data.partition(":")[0], THREATS[recipe.norm]
     stem = f"{name.lower().replace('-', '_')}_{dataset}_{recipe.norm}"
@@ -150,9 +157,7 @@ def robustbench(run: Path, out: Path, name: str | None = None, dataset: str | No
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or timm.is_model(stem):
         raise SettingsError(f"the model cannot be called {name!r}", "--name OTHER, of letters, digits, - and _")
     info = Path("model_info") / dataset / threat / f"{name}.json"
-    for path in (Path(f"{stem}.py"), Path(f"{stem}.safetensors"), info, Path("README.md")):
-        if (out / path).exists():
-            raise SettingsError(f"{out / path} exists already", "--out OTHER")
+    _refuse_existing(out, f"{stem}.py", f"{stem}.safetensors", info, "README.md")
     model, state = _plain(run, recipe)
     classes = model.head.out_features
     if classes != DATASETS[dataset]:
@@ -186,28 +191,64 @@ def robustbench(run: Path, out: Path, name: str | None = None, dataset: str | No
     return card
 
 
+def peft(run: Path, out: Path) -> dict[str, Any]:
+    """Write the best model of the LoRA run ``run`` into the folder ``out`` as `peft` loads it; gives its settings.
+
+    Raises SettingsError for a run that is not finished or has no LoRA, and for files that are there already;
+    CheckpointError for a model with other modules that timm does not have.
+    """
+    recipe = _recipe_of_finished(run)
+    files = (peft_layout.WEIGHTS, peft_layout.CONFIG, peft_layout.BASE, peft_layout.README)
+    _refuse_existing(out, *files)
+    model = assemble.trained(run, recipe)
+    config = peft_layout.adapter(model)[1]
+    classes = model.head.out_features
+    _check_timms(recipe, classes, peft_layout.base(model), "backbone.")
+    peft_layout.save(model, out, _backbone(recipe, classes))
+    print(f"{out}: {', '.join(files)}")
+    return config
+
+
+def _recipe_of_finished(run: Path) -> Recipe:
+    recipe = assemble.saved_recipe(run)
+    if not (run / "best").exists():
+        raise SettingsError(f"the run in {run} is not finished", f"finish it with --resume {run}")
+    return recipe
+
+
+def _refuse_existing(out: Path, *files: str | Path) -> None:
+    for path in files:
+        if (out / path).exists():
+            raise SettingsError(f"{out / path} exists already", "--out OTHER")
+
+
 def _plain(run: Path, recipe: Recipe) -> tuple[Classifier, dict[str, Tensor]]:
     """The run's best model with LoRA merged in, and its weights, which are those of timm's modules and a head alone."""
     model = assemble.trained(run, recipe)
     merge(model)
-    plain = models.create(
-        recipe.model, model.head.out_features, image_size=None if recipe.resize else recipe.image_size
-    )
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    try:
-        weightfile.match(plain.state_dict(), state)
-    except CheckpointError as error:
-        reason = f"{recipe.strategy} adds modules that timm does not have ({error.what})"
-        raise CheckpointError(reason, "export a run whose strategy ends in -full, -linear, -bias or -lora") from error
+    _check_timms(recipe, model.head.out_features, state)
     return model, state
 
 
-def _backbone(recipe: Recipe) -> str:
-    """The Python expression that builds the backbone."""
-    if recipe.model == models.MICRO:
-        return _MICRO
+def _check_timms(recipe: Recipe, classes: int, state: dict[str, Tensor], part: str = "") -> None:
+    """Raise CheckpointError unless ``state`` is that of a plain model, or of its ``part``."""
+    plain = models.create(recipe.model, classes, image_size=None if recipe.resize else recipe.image_size).state_dict()
+    wanted = {name.removeprefix(part): value for name, value in plain.items() if name.startswith(part)}
+    try:
+        weightfile.match(wanted, state)
+    except CheckpointError as error:
+        reason = f"{recipe.strategy} adds modules that timm does not have ({error.what})"
+        raise CheckpointError(reason, "export a run whose strategy ends in -full, -linear, -bias or -lora") from error
+
+
+def _backbone(recipe: Recipe, classes: int = 0) -> str:
+    """The Python expression that builds the backbone, or, with classes, timm's whole model."""
+    if recipe.model in _MICROS:
+        return _MICROS[recipe.model].format(classes=classes)
     sized = recipe.image_size and not recipe.resize and not recipe.model.startswith("resnet")
-    return f'timm.create_model("{recipe.model}", num_classes=0{f", img_size={recipe.image_size}" if sized else ""})'
+    size = f", img_size={recipe.image_size}" if sized else ""
+    return f'timm.create_model("{recipe.model}", num_classes={classes}{size})'
 
 
 def _note(recipe: Recipe, dataset: str, side: int) -> str:

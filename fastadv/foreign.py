@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,13 @@ import torchvision
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fastadv import models, weightfile
+from fastadv import layouts, models, weightfile
 from fastadv.errors import CheckpointError, SettingsError
 
 # What torchvision adds when it loads these two itself: their published weights want other pixel statistics.
 _TORCHVISION: dict[str, dict[str, Any]] = {
     name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")
 }
-# Under which names published robust models keep the pixel statistics of a normalising layer (RobustBench's zoo).
-STATISTICS = (("normalize.mean", "normalize.std"), ("mu", "sigma"), ("mean", "std"))
 
 
 class Foreign(nn.Module):
@@ -86,14 +85,12 @@ def load(name: str, weights: str | Path, num_classes: int | None = None, image_s
     path = Path(weights)
     if name == models.MICRO and str(weights) in models.SHIPPED:
         path = models.WEIGHTS / f"{name}_{weights}.safetensors"
-    given = weightfile.read(path)
-    statistics = next((pair for pair in STATISTICS if set(pair) <= given.keys()), None)
-    mean, std = (given.pop(key).flatten().tolist() for key in statistics) if statistics else (None, None)
-    # A run of this package keeps the trunk under this name.
-    given = {key.removeprefix("backbone."): value for key, value in given.items()}
-    plan = max(plans, key=lambda plan: len(plan.keys & given.keys()))
-    if plan.head == "head.fc" and name.startswith("swin"):
-        given = models.in_timm_layout(given)
+    given, statistics = layouts.unwrapped(weightfile.read(path))
+    mean, std = statistics or (None, None)
+    # Of a name in both libraries, and of a layout of either, what the file fits best.
+    plan, given = max(
+        product(plans, (given, layouts.in_timm_names(given))), key=lambda pair: len(pair[0].keys & pair[1].keys())
+    )
     if f"{plan.head}.weight" not in given:
         # In official Swin files and in runs of this package.
         given = {_under(plan.head, key): value for key, value in given.items()}
@@ -110,8 +107,7 @@ def load(name: str, weights: str | Path, num_classes: int | None = None, image_s
         raise CheckpointError(f"the head in {path} has {classes} classes, not {num_classes}", "give the data it is for")
     network = plan.build(num_classes=classes)
     own = network.state_dict()
-    # Old files (torch before 0.4.1, torchvision's first resnet50) lack this count, which eval mode does not read.
-    given |= {key: own[key] for key in own if key.endswith("num_batches_tracked") and key not in given}
+    given = layouts.with_counts(given, own)
     weightfile.match(own, given)
     network.load_state_dict(given, strict=True)
     return Foreign(

@@ -6,16 +6,21 @@ Shapes: logits (B, classes) float32; x (B, C, H, W) in [0, 1]; y (B,) int64.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv.errors import SettingsError
+from fastadv.registry import did_you_mean
 
 Forward = Callable[[Tensor], Tensor]
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 TrainingLoss = Callable[[Forward, Tensor, Tensor, AttackLoss], Tensor]
+
+# The weight of the term beside cross-entropy: arXiv:1901.08573 (1 / lambda = 6) and MART's lambda.
+BETAS = {"trades": 6.0, "mart": 5.0}
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -91,6 +96,62 @@ def adversarial_ce(forward: Forward, x: Tensor, y: Tensor, attack: AttackLoss, l
 def clean_ce(forward: Forward, x: Tensor, y: Tensor, attack: AttackLoss, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy on ``x`` itself, a scalar; the attack is not called."""
     return F.cross_entropy(forward(x).float(), y, label_smoothing=label_smoothing)
+
+
+def trades(
+    forward: Forward, x: Tensor, y: Tensor, attack: AttackLoss, label_smoothing: float = 0.0, beta: float = 6.0
+) -> Tensor:
+    """Cross-entropy on ``x`` plus ``beta`` times how far the attack moves the answers, a scalar: KL(clean || adv).
+
+    The paper's attack raises that divergence; here it is the recipe's, which raises the cross-entropy. A divergence
+    would tie every step of the attack to the clean logits of its batch, which a recorded attack does not have.
+    Source: Zhang et al., arXiv:1901.08573, equation 5 and algorithm 1.
+    """
+    adv = attack(x, y)
+    clean = forward(x)
+    moved = divergence(clean, forward(adv)).mean()
+    return F.cross_entropy(clean, y, label_smoothing=label_smoothing) + beta * moved
+
+
+def mart(forward: Forward, x: Tensor, y: Tensor, attack: AttackLoss, beta: float = 5.0) -> Tensor:
+    """Cross-entropy and margin on adversarial images plus ``beta`` times KL(clean || adv), a scalar.
+
+    The divergence counts by the probability that the clean image gives to the other classes.
+    Source: Wang et al., Improving adversarial robustness requires revisiting misclassified examples, ICLR 2020
+    (openreview.net rklOg6EFwS); the attack raises the cross-entropy there too.
+    """
+    adv = attack(x, y)
+    clean, logits = forward(x), forward(adv)
+    rival = _others(logits, y).argmax(1)
+    # log(1 - p) of the strongest other class as the share of all classes but it: finite also where p rounds to 1.
+    room = _others(logits, rival).logsumexp(1) - logits.logsumexp(1)
+    doubt = 1 - _own(clean.softmax(1), y)
+    return (ce(logits, y) - room + beta * doubt * divergence(clean, logits)).mean()
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(others)) of each image, (B,)."""
+    return F.kl_div(others.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def training_loss(name: str, beta: float | None = None, label_smoothing: float = 0.0) -> TrainingLoss:
+    """The training loss of that name: at (adversarial cross-entropy), trades or mart.
+
+    ``beta`` None is the published one. Raises SettingsError for an unknown name, and for mart with label smoothing,
+    which its margin has no meaning for.
+    """
+    if name == "at":
+        return partial(adversarial_ce, label_smoothing=label_smoothing)
+    if name not in BETAS:
+        raise SettingsError(f"unknown loss {name!r}", did_you_mean(name, ("at", *BETAS)))
+    beta = BETAS[name] if beta is None else beta
+    if name == "trades":
+        return partial(trades, label_smoothing=label_smoothing, beta=beta)
+    if label_smoothing:
+        raise SettingsError(
+            f"label_smoothing is {label_smoothing} with loss mart", "--label-smoothing 0, or --loss trades"
+        )
+    return partial(mart, beta=beta)
 
 
 def _own(logits: Tensor, y: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from fastadv import weightfile
-from fastadv.errors import SettingsError
+from fastadv import layouts, weightfile
+from fastadv.errors import CheckpointError, SettingsError
 
 FAMILIES = ("swin_", "vit_", "deit_", "resnet")
 MICRO = "swin_micro_64"
@@ -82,9 +82,30 @@ def swin_micro_64(drop_path: float = 0.0) -> SwinTransformer:
     )
 
 
+def resnet_micro_64(drop_path: float = 0.0) -> ResNet:
+    """The shipped small ResNet's backbone, with BatchNorm: 64x64 pixels or others, 1.2 M parameters, 256 features."""
+    block: Any = BasicBlock
+    # A stem of 16 channels: with 32 a pass takes twice as long on a CPU.
+    return ResNet(
+        block,
+        layers=(1, 1, 1, 1),
+        channels=(32, 64, 128, 256),
+        stem_type="deep",
+        stem_width=8,
+        num_classes=0,
+        drop_path_rate=drop_path,
+        # At zero, timm's default, nothing inside of a block learns before its last norm does.
+        zero_init_last=False,
+    )
+
+
+# Our own small networks: all take ImageNet's pixel statistics.
+MICROS = {MICRO: swin_micro_64, "resnet_micro_64": resnet_micro_64}
+
+
 def input_size(name: str) -> int:
     """Side in pixels of the images that the model ``name`` is built for. Raises SettingsError for an unknown name."""
-    if name == MICRO:
+    if name in MICROS:
         return 64
     check_known(name)
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
@@ -94,7 +115,7 @@ def input_size(name: str) -> int:
 def check_known(name: str) -> None:
     """Raise SettingsError unless ``name`` is a Swin, ViT or ResNet that timm knows."""
     if not timm.is_model(name):
-        known = [MICRO, *(m for family in FAMILIES for m in timm.list_models(f"{family}*"))]
+        known = [*MICROS, *(m for family in FAMILIES for m in timm.list_models(f"{family}*"))]
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"{MICRO}, or a name of timm.list_models()"
         raise SettingsError(f"unknown model {name!r}", hint)
@@ -105,24 +126,26 @@ def check_known(name: str) -> None:
 def create(
     name: str, num_classes: int, *, resize: bool = False, drop_path: float = 0.0, image_size: int | None = None
 ) -> Classifier:
-    """A classifier with randomly initialised weights: ``swin_micro_64`` or any Swin, ViT or ResNet of timm.
+    """A classifier with randomly initialised weights: one of `MICROS`, or any Swin, ViT or ResNet of timm.
 
-    ``image_size`` builds a timm transformer for another side than its own. Nothing is downloaded. Raises SettingsError
-    for an unknown name, and for a family whose pooled features or pixel statistics are not known to fit.
+    ``image_size`` builds a timm transformer for another side than its own, and lets a ResNet take it. Nothing is
+    downloaded. Raises SettingsError for an unknown name, and for a family whose pooled features or pixel statistics are
+    not known to fit.
     """
     if num_classes < 2:
         raise SettingsError(f"num_classes is {num_classes}", "a classifier needs at least 2 classes")
-    if name == MICRO:
-        if image_size not in (None, 64):
+    if name in MICROS:
+        if name == MICRO and image_size not in (None, 64):
             raise SettingsError(
                 f"image_size is {image_size}, but {MICRO} takes 64", "--image-size 64, or another --model"
             )
+        small: Any = MICROS[name](drop_path)
         return Classifier(
-            swin_micro_64(drop_path),
-            192,
+            small,
+            small.num_features,
             num_classes,
             name=name,
-            input_size=64,
+            input_size=image_size or 64,
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,
             resize=resize,
@@ -148,43 +171,34 @@ def create(
 def load_backbone(model: Classifier, weights: str) -> str:
     """Load backbone weights strictly and give the file they came from.
 
-    ``weights``: ``robust`` or ``standard`` (shipped, for swin_micro_64), ``none`` (keep the random ones), or a
-    .safetensors or .pth file. A head in the file is for another task and is left out. Raises CheckpointError for a
-    file that cannot be read or does not fit, SettingsError for a name that is not shipped for this model.
+    ``weights``: ``robust`` or ``standard`` (shipped for `MICROS`, where there is such a file), ``none`` (keep the
+    random ones), or a .safetensors or .pth file in any layout of `fastadv.layouts`. A head in the file is for another
+    task and is left out. Raises CheckpointError for a file that cannot be read or does not fit, also in the pixel
+    statistics it was trained with; SettingsError for a name that is not shipped for this model.
     """
     if weights == "none":
         return "none"
     path = Path(weights)
     if weights in SHIPPED:
-        if model.name != MICRO:
+        path = WEIGHTS / f"{model.name}_{weights}.safetensors"
+        if not path.exists():
+            having = [name for name in MICROS if (WEIGHTS / f"{name}_{weights}.safetensors").exists()]
             raise SettingsError(
-                f"weights {weights!r} are shipped for {MICRO} only, not for {model.name}",
+                f"weights {weights!r} are shipped for {' and '.join(having)} only, not for {model.name}",
                 f"--weights FILE (.safetensors or .pth), --weights none, or --model {MICRO}",
             )
-        path = WEIGHTS / f"{MICRO}_{weights}.safetensors"
     elif not path.exists():
         raise SettingsError(f"no weights at {weights!r}", f"--weights {'|'.join(SHIPPED)}|none, or the path of a file")
-    given = {key.removeprefix("backbone."): value for key, value in weightfile.read(path).items()}
-    given = {key: value for key, value in given.items() if not key.startswith(("head.", "fc."))}
-    if isinstance(model.backbone, SwinTransformer):
-        given = in_timm_layout(given)
+    given, statistics = layouts.unwrapped(weightfile.read(path))
+    if statistics and not layouts.same_statistics(model.mean, model.std, statistics):
+        own_pixels = [[round(value, 3) for value in part.flatten().tolist()] for part in (model.mean, model.std)]
+        raise CheckpointError(
+            f"{path} is for pixels of mean and std {statistics}, {model.name} for {own_pixels}",
+            "--model of the same network with those (deit_base_patch16_224 is vit_base_patch16_224 with ImageNet's)",
+        )
     own = model.backbone.state_dict()
-    weightfile.match(own, given)
-    model.backbone.load_state_dict(given, strict=True)
+    trunk = {key: value for key, value in layouts.in_timm_names(given).items() if not key.startswith(("head.", "fc."))}
+    trunk = layouts.with_counts(trunk, own)
+    weightfile.match(own, trunk)
+    model.backbone.load_state_dict(trunk, strict=True)
     return str(path)
-
-
-def in_timm_layout(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Swin weights by timm's names.
-
-    Official files put a downsampling at the end of the stage before, and hold index buffers. timm 1.0.20's own filter
-    shifts a file in timm's layout too when its head is missing.
-    """
-    kept = {key: value for key, value in given.items() if not key.endswith(("attn_mask", "relative_position_index"))}
-    if "layers.0.downsample.reduction.weight" not in kept:
-        return kept
-    return {re.sub(r"^layers\.(\d+)\.downsample", _next_stage, key): value for key, value in kept.items()}
-
-
-def _next_stage(found: re.Match[str]) -> str:
-    return f"layers.{int(found[1]) + 1}.downsample"

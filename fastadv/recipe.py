@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastadv.errors import CheckpointError, SettingsError
+from fastadv.losses import training_loss
 from fastadv.pgd import PGD
 from fastadv.registry import did_you_mean
 from fastadv.threat import ThreatModel
@@ -51,7 +52,8 @@ class Recipe:
     strategy: str = "roli-full"
     """Name of the strategy."""
     data: str = "digits"
-    """digits, cifar10[:FOLDER], cifar100[:FOLDER], an ImageFolder tree, an .npz file, or a folder of .npz splits."""
+    """digits, cifar10[:FOLDER], cifar100[:FOLDER], cub, dogs or caltech256 with [:FOLDER[:SPLITS]] (SPLITS holds
+    train.json, val.json and test.json), an ImageFolder tree, an .npz file, or a folder of .npz splits."""
     image_size: int | None = None
     """Side in pixels to which images are brought before the attack sees them; by default the model's."""
     per_class: int | None = None
@@ -64,13 +66,15 @@ class Recipe:
     """Random crop after padding, and mirror where the data allows it."""
 
     model: str = "swin_micro_64"
-    """swin_micro_64 or any Swin, ViT or ResNet of timm."""
+    """swin_micro_64, resnet_micro_64, or any Swin, ViT or ResNet of timm."""
     weights: str = "robust"
-    """Backbone weights: robust or standard (shipped for swin_micro_64), none, or a .safetensors or .pth file."""
+    """Backbone weights: robust or standard (shipped for the small models), none, or a .safetensors or .pth file."""
     resize: bool = False
     """Resize inside the model: the attack then sees the data's own size (the paper attacks CIFAR at 32x32)."""
     drop_path: float = 0.0
     """Stochastic depth of the backbone while everything learns."""
+    prompt_tokens: int = 10
+    """Tokens that prompt tuning adds to every block."""
 
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the threat."""
@@ -89,20 +93,35 @@ class Recipe:
     """Epochs of the linear probe: roli's first stage, linear's only one."""
     probe_lr: float = 0.03
     """Peak learning rate of the linear probe."""
+    probe_weight_decay: float = 0.0
+    """Weight decay of the linear probe."""
+    probe_optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser of the linear probe; sgd has momentum 0.9."""
     epochs: int = 20
     """Epochs of fine-tuning."""
     lr: float = 5e-4
     """Peak learning rate of fine-tuning."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, on matrices only."""
+    """Weight decay of fine-tuning, on matrices only; adamw decouples it from the gradient."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser of fine-tuning; sgd has momentum 0.9."""
+    adam_eps: float = 1e-8
+    """What adamw adds to the root of the squared gradients' average."""
     batch_size: int = 64
     """Images per step."""
+    schedule: Literal["cosine", "epoch-cosine", "drops"] = "cosine"
+    """Learning rate: cosine rises and falls with every step, epoch-cosine with every epoch, the first at zero; drops
+    is constant, a tenth after half of the epochs and a hundredth after five sixths."""
     warmup: float = 0.1
-    """Share of a stage's steps in which the learning rate rises from zero; a cosine to zero follows."""
+    """Share of a stage in which the learning rate rises from zero, for both cosines."""
     clip: float = 1.0
     """Largest gradient norm of one update."""
     label_smoothing: float = 0.0
     """Label smoothing of the training loss."""
+    loss: Literal["at", "trades", "mart"] = "at"
+    """Training loss: cross-entropy on adversarial images, TRADES or MART; the attack raises cross-entropy in all."""
+    beta: float | None = None
+    """Weight of the divergence of adversarial from clean answers; by default 6 in trades and autolora, 5 in mart."""
 
     seed: int = 0
     """Decides the validation split, order, augmentation, noise and the random head."""
@@ -128,18 +147,21 @@ class Recipe:
             _check(name, value, 0 <= value < math.inf, "0 or more, as in 2/255")
             threat.check_step(value)
         _check("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes >= 0, "0 or more")
-        for name in ("probe_epochs", "epochs", "batch_size", "val_every"):
+        for name in ("probe_epochs", "epochs", "batch_size", "val_every", "prompt_tokens"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("image_size", "per_class", "val_images"):
             value = getattr(self, name)
             _check(name, value, value is None or value >= 1, "1 or more")
-        for name in ("lr", "probe_lr", "clip"):
+        for name in ("lr", "probe_lr", "clip", "adam_eps"):
             value = getattr(self, name)
             _check(name, value, value > 0 and math.isfinite(value), "a positive number")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < 1, "between 0 and 1")
+        _check("beta", self.beta, self.beta is None or 0 <= self.beta < math.inf, "0 or more")
+        for name in ("weight_decay", "probe_weight_decay"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "between 0 and 1")
         for name in ("warmup", "label_smoothing", "drop_path"):
             value = getattr(self, name)
             _check(name, value, 0 <= value < 1, "at least 0 and below 1")
+        training_loss(self.loss, self.beta, self.label_smoothing)
 
     @property
     def threat(self) -> ThreatModel:

@@ -41,8 +41,10 @@ def of_training(
     found: tuple[Report, Verdict],
     history: list[dict[str, Any]],
     seconds: float,
+    *,
+    page: bool = True,
 ) -> dict[str, Any]:
-    """Write a run's report.json, report.html and pictures, print the table, and give what report.json holds."""
+    """Write a run's report.json, report.html (with ``page``) and pictures, print the table, and give report.json."""
     again = f"python -m fastadv.evaluate {shlex.quote(str(folder))}"
     report = {
         "folder": str(folder),
@@ -56,20 +58,21 @@ def of_training(
     plots.curves(folder / "curves.png", history, chance=1 / len(images.classes))
     draw_examples(folder / "examples.png", model, images, recipe)
     table([found[0].row()])
-    write_page(
-        folder / "report.html",
-        f"{recipe.strategy} on {Path(recipe.data.partition(':')[0]).stem}",
-        model,
-        images,
-        recipe.eval_attack,
-        recipe.threat,
-        [found],
-        recipe=dataclasses.asdict(recipe),
-        command=again,
-        seed=recipe.seed,
-        batch_size=4 * recipe.batch_size,
-    )
-    files = "report.html, report.json, curves.png, examples.png, best/, log.jsonl"
+    if page:
+        write_page(
+            folder / "report.html",
+            f"{recipe.strategy} on {Path(recipe.data.partition(':')[0]).stem}",
+            model,
+            images,
+            recipe.eval_attack,
+            recipe.threat,
+            [found],
+            recipe=dataclasses.asdict(recipe),
+            command=again,
+            seed=recipe.seed,
+            batch_size=4 * recipe.batch_size,
+        )
+    files = f"{'report.html, ' if page else ''}report.json, curves.png, examples.png, best/, log.jsonl"
     print(f"{seconds:.0f} s in all; files in {folder}: {files}")
     print(f"again: {again}")
     return report

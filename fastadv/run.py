@@ -94,10 +94,11 @@ class Run:
             whole = optimizer.state_dict()
             names = {id(p): name for name, p in learners.items()}
             order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-            whole["state"] = {
-                i: {part: state[f"{name}:{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
-                for i, name in enumerate(order)
-            }
+            parts: dict[str, dict[str, Tensor]] = {name: {} for name in order}
+            for key, value in state.items():
+                name, _, part = key.rpartition(":")
+                parts[name][part] = value
+            whole["state"] = {i: parts[name] for i, name in enumerate(order)}
             optimizer.load_state_dict(whole)
 
     def start_stage(self, name: str, epochs: int, steps_per_epoch: int) -> None:
@@ -171,11 +172,20 @@ class Run:
             files = {"model.safetensors": model.state_dict()}
             checkpoint.save(self._best_folder, files, {"step": self.step, "stage": self.stage, **metrics})
 
-    def finish_stage(self, model: Classifier) -> None:
-        """Go on from the stage's best weights: load them, and make that the newest checkpoint."""
+    def accuracies(self) -> list[float]:
+        """Validation accuracy, robust where the stage measures it, of every validated epoch of this stage."""
+        rows = [row for row in self.history if row["stage_index"] == self.stage and row["clean"] is not None]
+        return [row["clean"] if row["robust"] is None else row["robust"] for row in rows]
+
+    def back_to_best(self, model: Classifier) -> None:
+        """Load the stage's best weights, where an epoch was validated."""
         if self.best is not None:
             files, _ = checkpoint.load(self._best_folder)
             model.load_state_dict(files["model.safetensors"], strict=True)
+
+    def finish_stage(self, model: Classifier) -> None:
+        """Go on from the stage's best weights: load them, and make that the newest checkpoint."""
+        self.back_to_best(model)
         self.stage += 1
         self.stage_step, self.best = 0, None
         self.save(model)

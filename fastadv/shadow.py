@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastadv.losses import AttackLoss
 from fastadv.passes import Passes
-from fastadv.standins import Slot, StandIns, detached, folded, rounded, wants_channels_last, window_blocks
+from fastadv.standins import Slot, StandIns, detached, folded, merged, rounded, wants_channels_last, window_blocks
 
 _ABSENT = object()
 # What belongs into the slots that stand-ins are in at this moment.
@@ -131,13 +131,16 @@ class Shadow:
         tensors = [value for _, values in self._structure for value in values if isinstance(value, Tensor)]
         self._addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
         self._layouts.clear()
-        faster = rounded(self.model) if self.precision == "bf16" and self.copies else None
-        self.copies = faster is not None
-        if faster is None and self.mode == "eval":
-            faster = folded(self.model)
-        blocks = window_blocks(self.model)
-        self.exact = StandIns(detached(self.model).slots + blocks, None)
-        self.inexact = self.exact if faster is None else StandIns(faster.slots + blocks, faster.update)
+        # In its own modes a model may drop out part of what would be merged.
+        plain = merged(self.model) if self.mode == "eval" else StandIns([], None)
+        with holding(plain.slots):
+            faster = rounded(self.model) if self.precision == "bf16" and self.copies else None
+            self.copies = faster is not None
+            if faster is None and self.mode == "eval":
+                faster = folded(self.model)
+            exact, blocks = detached(self.model), window_blocks(self.model)
+        self.exact = plain.then(exact).then(StandIns(blocks, None))
+        self.inexact = self.exact if faster is None else plain.then(faster).then(StandIns(blocks, None))
         self._compiled: Callable[[Tensor], Tensor] = torch.compile(self.model) if self.compile else self.model
         self.proven = False
         self.builds += 1

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastadv import npz
+from fastadv import npz, papersets
 from fastadv.errors import DataError
 from fastadv.images import Pixels, Rows, Store, read_blocks, read_files
 
 LAYOUT = """a folder of images looks like
     FOLDER/train/CLASS/*.png|jpg|...   and   FOLDER/test/CLASS/*   (or FOLDER/val/CLASS/*, or both)
 and arrays like FOLDER/train.npz and FOLDER/test.npz (or val.npz, or both), or one FILE.npz"""
-BUILT_IN = ("digits", "cifar10", "cifar100")
+BUILT_IN = ("digits", "cifar10", "cifar100", *papersets.FOLDERS)
 
 Reader = Callable[[Rows, int | None, Store, bool], tuple[Pixels, Rows, tuple[str, ...]]]
 
@@ -87,15 +87,19 @@ def carve(labels: npt.NDArray[np.int64], num: int, seed: int) -> tuple[Rows, Row
 
 
 def open_source(source: str | Path, download: bool = False) -> Source:
-    """Lists and checks a source: "digits", "cifar10[:FOLDER]", "cifar100[:FOLDER]", a folder or an .npz file.
+    """Lists and checks a source: "digits", "cifar10[:FOLDER]", "cifar100[:FOLDER]", a folder or an .npz file, or
+    "cub", "dogs" or "caltech256" with [:FOLDER[:SPLITS]], SPLITS holding train.json, test.json and val.json.
 
     Raises: DataError naming what is missing or does not fit, and the cure.
     """
     name, _, folder = str(source).partition(":")
     if str(source) == "digits":
         return _digits()
+    standard = os.environ.get("FASTADV_DATA") or "data"
     if name in ("cifar10", "cifar100"):
-        return _cifar(name, Path(folder or os.environ.get("FASTADV_DATA") or "data"), download)
+        return _cifar(name, Path(folder or standard), download)
+    if name in papersets.FOLDERS:
+        return _paper_set(name, *(Path(path).expanduser() for path in (folder or standard).split(":", 1)))
     path = Path(source).expanduser()
     if path.is_file():
         return _npz_file(path)
@@ -183,10 +187,21 @@ def _folder_part(folder: Path) -> Part:
         if (first := seen.setdefault(os.path.realpath(inner), inner)) != inner:
             raise DataError(f"{inner} and {first} are the same folder, by a link", "remove the link")
 
+    return _file_part(paths, labels, tuple(listing.classes))
+
+
+def _file_part(paths: list[str], labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> Part:
     def read(rows: Rows, image_size: int | None, store: Store, skip: bool) -> tuple[Pixels, Rows, tuple[str, ...]]:
         return read_files([paths[row] for row in rows], image_size, store, skip)
 
-    return Part(labels, tuple(listing.classes), read)
+    return Part(labels, classes, read)
+
+
+def _paper_set(name: str, folder: Path, splits: Path | None = None) -> Source:
+    parts = {split: _file_part(*listing) for split, listing in papersets.listings(name, folder, splits).items()}
+    # The paper's shares of train: 3 of 60 images of a class in Caltech-256, a tenth in the others.
+    num_val = len(parts["train"].labels) // 20 if name == "caltech256" else None
+    return _checked(Source(name, parts["train"], parts["test"], parts.get("val"), num_val=num_val))
 
 
 def _npz_parts(paths: list[Path]) -> list[Part]:

@@ -1,11 +1,12 @@
 """What stands in for a model's parameters while it is attacked: the same values without a gradient, or bf16 copies.
 
-:mod:`fastadv.shadow` puts them in and takes them out. A module that adds something to weights (LoRA) would get its own
-kind here: one merged tensor in the weight's slot.
+:mod:`fastadv.shadow` puts them in and takes them out. A layer that adds something to another one's weight (LoRA) has
+one plain layer with the sum in its place.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
@@ -60,6 +61,47 @@ class StandIns(NamedTuple):
     slots: list[Slot]
     update: Callable[[], None] | None
     """Brings the stand-ins' values up to date, in place; None where they share the parameters' memory."""
+
+    def then(self, more: StandIns) -> StandIns:
+        """These, and ``more``, which may be made from these."""
+        updates = [update for update in (self.update, more.update) if update]
+
+        def both() -> None:
+            for update in updates:
+                update()
+
+        return StandIns(self.slots + more.slots, both if updates else None)
+
+
+def merged(model: nn.Module) -> StandIns:
+    """One plain layer for each module that adds to the weight of another one, in its place.
+
+    Such a module has ``base``, the layer it adds to, and ``merged()``, the weight with which that layer alone gives the
+    same in eval mode. Whatever has no such method, or hooks that wait for its call, stays.
+    """
+    slots: list[Slot] = []
+    weights: dict[Any, Tensor] = {}
+    layers: dict[Any, nn.Module] = {}
+    for parent in model.modules():
+        for name, module in parent._modules.items():
+            if module is None or not _is_mergeable(module):
+                continue
+            if module not in layers:
+                # A copy: the base may serve elsewhere without the addition.
+                layer: Any = copy.copy(module.base)
+                weights[module] = torch.empty_like(layer.weight.detach())
+                layer.training, layer._parameters = False, layer._parameters | {"weight": weights[module]}
+                layers[module] = layer
+            slots.append(Slot(parent._modules, name, layers[module]))
+
+    @torch.no_grad()
+    def update() -> None:
+        for module, weight in weights.items():
+            # A caller's autocast would round the product.
+            with torch.autocast(weight.device.type, enabled=False):
+                weight.copy_(module.merged())
+
+    return StandIns(slots, update if slots else None)
 
 
 def detached(model: nn.Module) -> StandIns:
@@ -116,14 +158,15 @@ def folded(model: nn.Module) -> StandIns | None:
     Only where the order of calls is known: in a Sequential, and between convN and bnN of a ResNet's block or stem.
     """
     slots: list[Slot] = []
-    pairs: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+    pairs: dict[Any, tuple[Any, Tensor, Tensor, Tensor]] = {}
     for parent in model.modules():
         for conv, name in _followed_by_norm(parent):
             norm: Any = parent._modules[name]
             if not _is_foldable(conv, norm) or conv in pairs:
                 continue
             weight, bias = torch.empty_like(conv.weight.detach()), torch.empty_like(norm.running_mean)
-            pairs[conv] = norm, weight, bias
+            # The weight as it is now: in a merged layer it is no parameter, and away at an update.
+            pairs[conv] = norm, conv.weight.detach(), weight, bias
             slots += [Slot(conv._parameters, "weight", weight), Slot(conv._parameters, "bias", bias)]
             slots.append(Slot(parent._modules, name, nn.Identity()))
     if not pairs:
@@ -131,10 +174,10 @@ def folded(model: nn.Module) -> StandIns | None:
 
     @torch.no_grad()
     def update() -> None:
-        for conv, (norm, weight, bias) in pairs.items():
+        for conv, (norm, source, weight, bias) in pairs.items():
             scale = (norm.running_var + norm.eps).rsqrt()
             scale = scale if norm.weight is None else scale * norm.weight
-            torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=weight)
+            torch.mul(source, scale.view(-1, 1, 1, 1), out=weight)
             shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
             bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
 
@@ -189,8 +232,24 @@ def _is_foldable(conv: Any, norm: Any) -> bool:
         and norm.running_mean is not None
         and norm.num_features == conv.out_channels
         and conv.weight.dtype == norm.running_mean.dtype == torch.float32
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, norm))
-        and not any(part._backward_hooks or part._backward_pre_hooks for part in (conv, norm))
+        and not any(_is_hooked(part) for part in (conv, norm))
+    )
+
+
+def _is_mergeable(module: Any) -> bool:
+    base = getattr(module, "base", None)
+    return (
+        isinstance(base, nn.Module)
+        and callable(getattr(module, "merged", None))
+        and isinstance(getattr(base, "weight", None), nn.Parameter)
+        and not any(_is_hooked(part) for part in module.modules())
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether someone waits for a call of ``module``."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

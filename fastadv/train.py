@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     # At run time they are imported inside the functions: Ctrl-C and SIGTERM then work while torch is still loading.
     from fastadv.data import Splits
     from fastadv.recipe import Recipe
+    from fastadv.strategies import Strategy
 
 PROGRAM = "python -m fastadv.train"
 
@@ -34,43 +35,69 @@ def main(argv: list[str]) -> dict[str, Any] | None:
 
 def run_command(program: str, name: str | None, flags: Sequence[str]) -> dict[str, Any] | None:
     """``--resume RUN``, or a new run of strategy ``name``, ``flags`` over its recipe. None after a mere listing."""
-    from fastadv import assemble
+    from fastadv import assemble, presets
     from fastadv.strategies import load_all
 
     strategies = load_all()
-    picked, rest = pick(flags, "--resume", "--out")
+    picked, rest = pick(flags, "--resume", "--out", "--preset", switches=["--as-released"])
+    if picked.as_released and not picked.preset:
+        raise SettingsError("--as-released without a preset", f"--preset NAME, of {', '.join(presets.DATASETS)}")
     if picked.resume:
-        if rest or name or picked.out:
+        if rest or name or picked.out or picked.preset:
             raise SettingsError(
                 f"--resume {picked.resume} with other flags", "a run goes on with its own recipe: drop them"
             )
         return train(assemble.saved_recipe(Path(picked.resume)), Path(picked.resume), resume=True)
     if name is None:
-        width = max(map(len, strategies))
-        print(f"usage: {program} --strategy NAME [--data DATA] [--out FOLDER] ...\n       {program} --resume FOLDER\n")
-        print("\n".join(f"  {name:<{width}}  {strategies[name].summary}" for name in strategies))
-        print(f"\nAll settings of one: {program} --strategy NAME --help")
+        print(presets.listing(picked.preset) if picked.preset else overview(program, strategies))
+        choose = f"--strategy NAME{f' --preset {picked.preset} --weights FILE' if picked.preset else ''}"
+        print(f"\nAll settings of one: {program} {choose} --help")
         if rest and not {"-h", "--help"} & set(rest):
-            raise SettingsError("no strategy given", "--strategy NAME, from the list above")
+            raise SettingsError("no strategy given", f"{choose}, from the list above")
         return None
     chosen = strategies[name]
-    default = with_demo(dataclasses.replace(chosen.recipe, strategy=name), rest)
-    recipe = parse(type(default), default, rest, f"{program} --strategy {name}", chosen.summary)
+    default = dataclasses.replace(chosen.recipe, strategy=name)
+    notes: list[str] = []
+    if picked.preset:
+        preset = presets.find(picked.preset, name, picked.as_released)
+        default = preset.of(default)
+        notes = [f"preset {picked.preset}{' as released' * picked.as_released}: {preset.source}", *preset.notes]
+    else:
+        default = with_demo(default, rest)
+    recipe = parse(type(default), default, rest, f"{program} --strategy {name}", "; ".join([chosen.summary, *notes]))
+    if picked.preset:
+        presets.check_weights(recipe)
     folder = Path(picked.out) if picked.out else free_folder(f"{name}-{Path(recipe.data.partition(':')[0]).stem}")
     # Absolute, so that the run can be evaluated from any folder.
-    return train(dataclasses.replace(recipe, data=absolute(recipe.data), weights=absolute(recipe.weights)), folder)
+    recipe = dataclasses.replace(recipe, data=absolute(recipe.data), weights=absolute(recipe.weights))
+    return train(recipe, folder, notes=notes)
+
+
+def overview(program: str, strategies: Mapping[str, Strategy]) -> str:
+    """What a bare call prints: how to call it, and a line for every strategy."""
+    from fastadv.presets import DATASETS
+
+    width = max(map(len, strategies))
+    usage = (
+        f"usage: {program} --strategy NAME [--data DATA] [--out FOLDER] ...\n"
+        f"       {program} --strategy NAME --preset {'|'.join(DATASETS)} --weights FILE [--as-released] ...\n"
+        f"       {program} --resume FOLDER\n"
+    )
+    return "\n".join([usage, *(f"  {name:<{width}}  {strategies[name].summary}" for name in strategies)])
 
 
 def absolute(name: str) -> str:
-    """``name`` with the path in it, if there is one (``PATH`` or ``cifar10:PATH``), made absolute."""
+    """``name`` with the paths in it, if any (``PATH``, ``cifar10:PATH``, ``cub:PATH:PATH``), made absolute."""
     from fastadv.models import SHIPPED
     from fastadv.sources import BUILT_IN
 
     if name in (*BUILT_IN, *SHIPPED, "none"):
         # Also where a file or folder here happens to be called so.
         return name
-    before, colon, path = name.rpartition(":")
-    return f"{before}{colon}{Path(path).resolve()}" if path and Path(path).exists() else name
+    first, *paths = name.split(":")
+    if first in BUILT_IN:
+        return ":".join([first, *(str(Path(path).resolve()) if Path(path).exists() else path for path in paths)])
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def free_folder(name: str) -> Path:
@@ -93,8 +120,13 @@ def with_demo(recipe: Recipe, flags: Sequence[str]) -> Recipe:
     return dataclasses.replace(recipe, **smaller)
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Run the recipe's strategy in ``folder``: stages, evaluation, report. Gives what report.json holds."""
+def train(
+    recipe: Recipe, folder: Path, *, resume: bool = False, page: bool = True, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the recipe's strategy in ``folder``: stages, evaluation, report. Gives what report.json holds.
+
+    Without ``page`` there is no report.html, whose curve attacks many more times than the evaluation does.
+    """
     from fastadv import assemble
     from fastadv.measure import evaluate
     from fastadv.report import of_training
@@ -114,7 +146,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
     stages = list(strategy.stages(recipe))
     with Progress() as progress, Run(folder, recipe, progress, stages=len(stages), resume=resume) as run:
         progress.note(f"{strategy.name}: {strategy.summary} ({strategy.source})")
-        for line in describe(recipe, splits, device):
+        for line in (*describe(recipe, splits, device), *notes):
             progress.note(line)
         run.begin(splits)
         # Inside, a signal waits for the step under way and for its checkpoint.
@@ -131,7 +163,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> dict[str, An
         found = evaluate(model, splits.test, recipe.eval_attack, recipe.threat, seed=recipe.seed, batch_size=batch_size)
         run.log.event("report", **dataclasses.asdict(found[0]))
     # The progress bar is closed: the table below it stays.
-    return of_training(folder, recipe, model, splits.test, found, run.history, time.monotonic() - began)
+    return of_training(folder, recipe, model, splits.test, found, run.history, time.monotonic() - began, page=page)
 
 
 def describe(recipe: Recipe, splits: Splits, device: object) -> Iterator[str]:

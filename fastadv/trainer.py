@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fastadv.measure import measure
 from fastadv.models import Classifier
 from fastadv.recipe import Recipe
 from fastadv.run import Run
+from fastadv.schedule import factor
 from fastadv.seeds import generator, mix
 from fastadv.shadow import holding
 from fastadv.standins import window_blocks
@@ -37,33 +38,42 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
     torch.manual_seed(mix(recipe.seed, run.stage, 1))
     training = stage.tuning(model)
     learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = adamw(learners, stage)
+    optimizer = optimizer_of(learners, stage, recipe.adam_eps)
     run.pick_up(model, learners, optimizer)
     if stage.head and run.stage_step == 0:
         stage.head(model.head, generator("cpu", recipe.seed, run.stage))
     attack = recipe.train_attack.on(model, precision=recipe.precision, compile=recipe.compile, capture=recipe.capture)
     guard = Guard(learners, recipe.clip, run)
-    update = Update(stage.loss, low_precision(model, attack.precision), attack, recipe.threat, optimizer, guard)
+    forward = low_precision(model, attack.precision)
+    loss = stage.loss_on(model) if stage.loss_on else stage.loss
+    update = Update(loss, forward, attack, recipe.threat, optimizer, guard)
     epoch_steps = steps_per_epoch(splits.train, recipe.batch_size)
     run.start_stage(stage.name, stage.epochs, epoch_steps)
     run.log.event("stage", name=stage.name, learners=len(learners), precision=attack.precision, step=attack.body)
 
     while run.stage_step < stage.epochs * epoch_steps:
         epoch, start = divmod(run.stage_step, epoch_steps)
-        set_train_mode(model, training)
-        for x, y in shuffled(
+        pace = stage.pace(run.accuracies()) if stage.pace else None
+        if pace and pace.stop:
+            break
+        batches = partial(
+            shuffled,
             splits.train,
             batch_size=recipe.batch_size,
             seed=mix(recipe.seed, run.stage),
             epoch=epoch,
             augment=recipe.augment,
             device=device,
-            start=start,
-        ):
+        )
+        if stage.prepare and not start:
+            stage.prepare(model, forward, batches())
+        set_train_mode(model, training)
+        for x, y in batches(start=start):
             # Dropout and drop-path draw from the global stream: seeded by step, a resumed run draws the same.
             torch.manual_seed(mix(recipe.seed, run.step))
             noise = generator(device, recipe.seed, run.step, 0)
-            set_lr(optimizer, stage.lr * schedule(run.stage_step, stage.epochs * epoch_steps, recipe.warmup))
+            by_step = factor(recipe.schedule, run.stage_step, stage.epochs, epoch_steps, recipe.warmup)
+            set_lr(optimizer, stage.lr * (pace.factor if pace else by_step))
             run.advance(update(x, y, noise), len(x))
             # Not after an epoch's last step: its validation would be lost. The save below follows at once.
             if run.must_save() and run.stage_step % epoch_steps:
@@ -73,11 +83,32 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
         guard.check_alive()
         metrics = validate(model, stage, splits, recipe, epoch)
         run.end_epoch(epoch, model, metrics, float(optimizer.param_groups[0]["lr"]))
+        # Before the save: a resumed run finds the weights that the next epoch starts from.
+        if stage.pace and stage.pace(run.accuracies()).back:
+            run.back_to_best(model)
         run.save(model, learners, optimizer)
 
 
-def adamw(learners: dict[str, nn.Parameter], stage: Stage) -> torch.optim.AdamW:
+def optimizer_of(learners: dict[str, nn.Parameter], stage: Stage, adam_eps: float) -> torch.optim.Optimizer:
+    """The stage's optimizer over ``learners``. Raises SettingsError where there is none."""
+    if stage.optimizer == "adamw":
+        return adamw(learners, stage, adam_eps)
+    groups, lr = _groups(learners, stage)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+
+
+def adamw(learners: dict[str, nn.Parameter], stage: Stage, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW over ``learners``, with decay on matrices only: norms, biases and position tables are left alone."""
+    groups, lr = _groups(learners, stage)
+    return torch.optim.AdamW(groups, lr=lr, eps=eps, fused=True, capturable=lr.device.type == "cuda")
+
+
+def _groups(learners: dict[str, nn.Parameter], stage: Stage) -> tuple[list[dict[str, Any]], Tensor]:
+    """What decays and what does not, for an optimizer, and the learning rate on their device.
+
+    The optimizers are fused: one kernel per group, and they skip an update by themselves when found_inf is set, without
+    a host sync. The rate is a tensor, so that a recorded update sees it change.
+    """
     if not learners:
         raise SettingsError(f"stage {stage.name!r} trains no parameter", "its tuning must let some parameter learn")
     decays = {name: p.ndim >= 2 and "relative_position" not in name for name, p in learners.items()}
@@ -86,14 +117,7 @@ def adamw(learners: dict[str, nn.Parameter], stage: Stage) -> torch.optim.AdamW:
         {"params": [p for name, p in learners.items() if not decays[name]], "weight_decay": 0.0},
     ]
     device = next(iter(learners.values())).device
-    # Fused: one kernel per group, and it skips the update by itself when found_inf is set, without a host sync. The
-    # rate is a tensor, so that a recorded update sees it change.
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=torch.tensor(stage.lr, device=device),
-        fused=True,
-        capturable=device.type == "cuda",
-    )
+    return [group for group in groups if group["params"]], torch.tensor(stage.lr, device=device)
 
 
 def low_precision(model: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
@@ -122,17 +146,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"].fill_(lr)
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Factor in (0, 1] on the peak learning rate: a linear rise over ``warmup * total`` steps, a cosine to zero."""
-    rise = int(warmup * total)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
-
-
 def validate(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, epoch: int) -> dict[str, float] | None:
     """Clean and robust accuracy on the validation split, in the fast precision; None in an epoch without validation."""
-    if (epoch + 1) % recipe.val_every and epoch + 1 < stage.epochs:
+    # A pace counts epochs: it needs them all.
+    if not stage.pace and (epoch + 1) % recipe.val_every and epoch + 1 < stage.epochs:
         return None
     count = partial(
         measure,

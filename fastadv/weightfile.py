@@ -6,6 +6,7 @@ in another way: its author decides whether that fails, so a second, trusting att
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.errors import CheckpointError
+from fastadv.layouts import without_prefixes
 
 # Where training scripts put the weights among other things; averaged weights first, as they are the ones published.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# Put in front of every name by DataParallel and DDP, Lightning and similar, torch.compile.
-PREFIXES = ("module.", "model.", "_orig_mod.")
 # How many names of each kind a message lists.
 LISTED = 5
 _DOWNLOAD = "download the file itself again"
@@ -52,8 +52,13 @@ def read(path: Path) -> dict[str, Tensor]:
 def match(model_state: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Nothing, if ``given`` has exactly the names and shapes of ``model_state``; else a CheckpointError with the list.
 
-    Precisions may differ, floating-point and integer may not. A layout of another library is to be renamed before.
+    Precisions may differ, floating-point and integer may not. Other libraries' names are changed before, in
+    `fastadv.layouts`.
     """
+    if not model_state.keys() & given.keys():
+        what = f"the weights are in no known layout: the file holds {_first(given)}, missing are {_first(model_state)}"
+        known = "timm, official Swin, torchvision ViT, RobustBench, RoLI, robustness (MadryLab), a run of this package"
+        raise CheckpointError(what, f"give the weights of this --model in one of: {known}")
     missing = [name for name in model_state if name not in given]
     unexpected = [name for name in given if name not in model_state]
     different = [
@@ -115,7 +120,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         # Its warnings speak to whoever wrote the file (pickle protocol, TorchScript, sparse); we judge what comes out.
-        with warnings.catch_warnings():
+        # A Namespace, the "args" of many training scripts, is filled like a dict: its class runs no code on the way,
+        # and what it holds passes the same checks as the rest of the file.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -145,7 +152,7 @@ def _stripped(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
         raise _refused(path, f"holds more than tensors: {_first(other)}" if other else "holds no tensors", cure)
     tensors: dict[str, Tensor] = {}
     for name, tensor in content.items():
-        short = _without_prefixes(name)
+        short = without_prefixes(name)
         if short in tensors:
             raise _refused(path, f"holds {short} twice, with different prefixes", "save one model alone")
         tensors[short] = tensor.detach()
@@ -162,12 +169,6 @@ def _is_plain(name: Any, value: Any) -> bool:
         and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
-
-
-def _without_prefixes(name: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -63,7 +63,9 @@ def test_robustbenchs_rule_finds_the_run_and_its_logits(tmp_path: Path) -> None:
         timm.create_model("roli_demo_cifar10_linf", num_classes=100)
 
 
-@pytest.mark.parametrize(("name", "side"), [("resnet10t", None), ("vit_tiny_patch16_224", 64)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("resnet10t", None), ("resnet_micro_64", None), ("vit_tiny_patch16_224", 64)]
+)
 def test_timms_models_are_built_by_their_names(tmp_path: Path, name: str, side: int | None) -> None:
     recipe = dataclasses.replace(RECIPE, model=name, image_size=side, norm="l2", eps=0.5)
     given = models.create(name, 10, image_size=side)

@@ -328,27 +328,13 @@ def test_what_cannot_be_meant_is_refused():
         FAB(steps=1)(model, x, y + 7, ThreatModel())
 
 
-# The lengths that pyautoattack 0.2.0 finds on Wavy() within the radius; 0 = none. 20 steps, 2 restarts, 3 targets.
+# The lengths that pyautoattack 0.2.0 finds on Wavy() within the radius, targeted or not, in 10 steps, 2 restarts and 2
+# targets; 0 = none.
 FOUND = {
-    ("linf", True): [0, 0.002636, 0.000821, 0.000355, 0.000454, 0.001401, 0, 0.000682, 0.001721, 0, 0.000234, 0.003737],
-    ("linf", False): [
-        0,
-        0.002636,
-        0.000821,
-        0.000355,
-        0.000454,
-        0.001401,
-        0,
-        0.000682,
-        0.001721,
-        0,
-        0.000234,
-        0.003764,
-    ],
-    ("l2", True): [0, 0.028508, 0.008898, 0.00392, 0.004965, 0.015535, 0, 0.007351, 0.019053, 0, 0.002541, 0],
-    ("l2", False): [0, 0.028508, 0.008898, 0.00392, 0.004965, 0.015535, 0, 0.007351, 0.019053, 0, 0.002541, 0],
+    "linf": [0, 0.002636, 0.000821, 0.000355, 0.000457, 0.001401, 0, 0.000682, 0.001721, 0, 0.000234, 0],
+    "l2": [0, 0.028508, 0.008898, 0.003921, 0.004984, 0.015535, 0, 0.007351, 0.019053, 0, 0.002541, 0],
 }
-RADIUS = {"linf": 0.004, "l2": 0.03}
+RADIUS = {"linf": 0.003, "l2": 0.03}
 
 
 @pytest.mark.parametrize("targeted", [True, False])
@@ -356,13 +342,13 @@ RADIUS = {"linf": 0.004, "l2": 0.03}
 def test_parity_finds_what_the_published_code_found(norm, targeted):
     model, x = Wavy(), images(12)
     y = model(x).argmax(1)
-    attack = FAB(targeted=targeted, steps=20, targets=3, restarts=2, mode="parity")
+    attack = FAB(targeted=targeted, steps=10, targets=2, restarts=2, mode="parity")
     adv, success, _ = attack.run(model, x, y, ThreatModel(norm, RADIUS[norm]))
-    expected = torch.tensor(FOUND[norm, targeted], dtype=torch.float64)
+    expected = torch.tensor(FOUND[norm], dtype=torch.float64)
     assert torch.equal(success, expected > 0)
     # Another machine may add in another order, and a bit turns an iterate: 1e-3 of the length then (measured).
     torch.testing.assert_close(length(adv, x, norm), expected, rtol=3e-3, atol=1e-6)
-    fast = FAB(targeted=targeted, steps=20, targets=3, restarts=2).run(model, x, y, ThreatModel(norm, RADIUS[norm]))
+    fast = FAB(targeted=targeted, steps=10, targets=2, restarts=2).run(model, x, y, ThreatModel(norm, RADIUS[norm]))
     # Other random restarts: an image near the radius may be found by one and missed by the other.
     assert (fast.success != success).sum() <= 1
 
@@ -371,13 +357,13 @@ def test_parity_finds_what_the_published_code_found(norm, targeted):
 @pytest.mark.parametrize("norm", NORMS)
 def test_parity_is_the_published_code_to_the_bit(task, norm, targeted):
     published = pytest.importorskip("pyautoattack.fab_pt")
-    threat = ThreatModel(norm, {"linf": 0.06, "l2": 0.8}[norm])
-    x, y = task.x[:40], task.y[:40]
+    threat = ThreatModel(norm, {"linf": 0.06, "l2": 0.6}[norm])
+    x, y = task.x[:24], task.y[:24]
     model = copy.deepcopy(task.model)
     theirs = published.FABAttack_PT(
         model,
         norm=PUBLISHED[norm],
-        n_iter=8,
+        n_iter=6,
         n_restarts=2,
         eps=threat.eps,
         device="cpu",
@@ -385,13 +371,13 @@ def test_parity_is_the_published_code_to_the_bit(task, norm, targeted):
         n_target_classes=2,
     ).perturb(x, y)
     broken = task.model(theirs).argmax(1) != y
-    adv, success, _ = FAB(targeted=targeted, steps=8, restarts=2, targets=2, mode="parity").run(
+    adv, success, _ = FAB(targeted=targeted, steps=6, restarts=2, targets=2, mode="parity").run(
         task.model, x, y, threat
     )
     assert torch.equal(success, broken)
-    assert 5 < success.sum() < 35
+    assert 3 < success.sum() < 24
     assert torch.equal(adv, threat.project(theirs, x))
-    fast = FAB(targeted=targeted, steps=8, restarts=2, targets=2).run(task.model, x, y, threat)
+    fast = FAB(targeted=targeted, steps=6, restarts=2, targets=2).run(task.model, x, y, threat)
     assert (fast.success.sum() - success.sum()).abs() <= 1
 
 

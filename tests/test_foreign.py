@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastadv import foreign, models, weightfile
+from fastadv import foreign, layouts, models, weightfile
 from fastadv.errors import CheckpointError, SettingsError
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -59,7 +59,7 @@ def test_the_librarys_own_pixel_statistics_are_used(tmp_path: Path) -> None:
         model(torch.rand(1, 3, 40, 40))
 
 
-@pytest.mark.parametrize("names", foreign.STATISTICS)
+@pytest.mark.parametrize("names", layouts.STATISTICS)
 def test_statistics_in_the_file_go_before_the_librarys(tmp_path: Path, names: tuple[str, str]) -> None:
     given = torchvision.models.squeezenet1_1(num_classes=3)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)

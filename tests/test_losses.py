@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from two_layers import WEIGHTS, answer, classifier, descend, kl, leaves, log_p
 
 from fastadv.errors import SettingsError
 from fastadv.losses import (
@@ -18,8 +19,13 @@ from fastadv.losses import (
     clean_ce,
     dlr,
     margin,
+    mart,
     misclassified,
+    training_loss,
 )
+from fastadv.recipe import Recipe
+from fastadv.strategies import load_all
+from fastadv.trainer import optimizer_of
 
 
 @pytest.fixture
@@ -124,3 +130,65 @@ def test_training_losses_are_mean_cross_entropies(net, tolerance):
 def test_training_losses_reach_the_parameters(net):
     adversarial_ce(net, torch.rand(4, 3, 8, 8), torch.randint(10, (4,)), lambda x, y: x).backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["trades", "mart"])
+@pytest.mark.parametrize("beta", [None, 1.5])
+def test_a_step_with_a_divergence_is_the_transcribed_one(name, beta):
+    model = classifier().eval()
+    x, adv = torch.rand(2, 7, 3, 6, 6, dtype=torch.float64)
+    y, p = torch.arange(7) % 3, leaves(model)
+    norm = model.backbone.norm
+    clean, attacked = (answer(images, p, norm.running_mean, norm.running_var) for images in (x, adv))
+    own = torch.nn.functional.one_hot(y, 3).bool()
+    if name == "trades":
+        want = -log_p(clean)[own].mean() + (beta or 6.0) * kl(clean, attacked).mean()
+    else:
+        probs, doubt = log_p(attacked).exp(), 1 - log_p(clean).exp()[own]
+        bce = -probs[own].log() - (1 - probs.masked_fill(own, 0).amax(1)).log()
+        want = (bce + (beta or 5.0) * doubt * kl(clean, attacked)).mean()
+    gradients = torch.autograd.grad(want, list(p.values()))
+    (stage,) = load_all()["ranli-full"].stages(Recipe(loss=name, beta=beta, lr=0.5, optimizer="sgd", weight_decay=0.25))
+    optimizer = optimizer_of(dict(model.named_parameters()), stage, 1e-8)
+    got = stage.loss(model, x, y, lambda images, labels: adv)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    optimizer.step()
+    for (short, value), gradient in zip(p.items(), gradients, strict=True):
+        assert (model.get_parameter(WEIGHTS[short]) - descend(value, gradient, 0.5, 0.25)).abs().max() < 1e-7
+
+
+def test_marts_margin_stays_finite_where_a_probability_is_one():
+    logits = torch.tensor([[0.0, 300.0, 0.0]], requires_grad=True)
+    loss = mart(lambda x: logits, torch.zeros(1), torch.tensor([0]), lambda x, y: x)
+    loss.backward()
+    # 300 for the class itself, 300 less log 2 for the strongest other one.
+    assert loss.item() == pytest.approx(600 - math.log(2), rel=1e-5)
+    assert logits.grad.abs().max() == pytest.approx(2.0)
+
+
+def test_trades_without_a_divergence_is_clean_cross_entropy_and_smooths_labels(net, tolerance):
+    net.eval()
+    x, y = torch.rand(8, 3, 8, 8), torch.randint(10, (8,))
+    for smoothing in (0.0, 0.1):
+        got = training_loss("trades", label_smoothing=smoothing)(net, x, y, lambda images, labels: images)
+        want = F.cross_entropy(net(x), y, label_smoothing=smoothing)
+        torch.testing.assert_close(got, want, **tolerance[torch.float32])
+
+
+def test_a_loss_that_cannot_be_meant_is_refused_by_the_recipe():
+    with pytest.raises(SettingsError, match=r"label_smoothing is 0.1 with loss mart.*(?s:.)*--label-smoothing 0"):
+        Recipe(loss="mart", label_smoothing=0.1)
+    with pytest.raises(SettingsError, match="unknown loss 'trade'; did you mean 'trades'"):
+        Recipe(loss="trade")
+    with pytest.raises(SettingsError, match="beta is -1"):
+        Recipe(loss="trades", beta=-1)
+
+
+@pytest.mark.parametrize("loss", ["trades", "mart"])
+def test_every_strategy_of_the_paper_takes_the_loss_in_every_adversarial_stage(loss):
+    for name, chosen in load_all().items():
+        if "-" not in name or name.startswith("pretrain"):
+            continue
+        stages = list(chosen.stages(Recipe(loss=loss)))
+        assert [stage.loss.func.__name__ for stage in stages if stage.robust] == [loss] * sum(s.robust for s in stages)

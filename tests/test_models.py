@@ -22,6 +22,19 @@ def test_swin_micro_64_is_the_contracts_model() -> None:
     assert heads == [3, 3, 6, 6, 12, 12]
 
 
+def test_resnet_micro_64_is_small_has_batch_norm_and_takes_other_sizes() -> None:
+    model = models.create("resnet_micro_64", 200)
+    assert sum(p.numel() for p in model.backbone.parameters()) == 1_223_448
+    # Bytes of the file shipped, in float16.
+    assert 2 * sum(value.numel() for value in model.state_dict().values()) < 3e6
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.backbone.modules())
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 200)
+    small = models.create("resnet_micro_64", 5, image_size=32)
+    assert small(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+    with pytest.raises(SettingsError, match="'standard' are shipped for swin_micro_64 only, not for resnet_micro_64"):
+        models.load_backbone(model, "standard")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_timm_families_give_logits_of_the_asked_classes(name: str) -> None:
     model = models.create(name, 7).eval()
@@ -66,7 +79,7 @@ def test_shipped_weights_load_strictly(kind: str) -> None:
     before = model.backbone.patch_embed.proj.weight.clone()
     models.load_backbone(model, kind)
     assert not torch.equal(model.backbone.patch_embed.proj.weight, before)
-    with pytest.raises(SettingsError, match="shipped for swin_micro_64 only"):
+    with pytest.raises(SettingsError, match=r"are shipped for swin_micro_64.* only, not for resnet18"):
         models.load_backbone(models.create("resnet18", 10), kind)
 
 

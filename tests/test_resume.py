@@ -94,6 +94,26 @@ def test_kills_inside_an_epoch_a_save_and_an_import_leave_no_trace(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_kill_leaves_no_trace_in_what_autolora_measures(tmp_path: Path) -> None:
+    """Its learning rate, shares and returns to the best weights follow accuracies; six epochs reach a checkpoint."""
+    flags = [*FLAGS, "--image-size", "32", "--strategy", "autolora", "--epochs", "6", "--per-class", "4"]
+    for folder in (tmp_path / "whole", tmp_path / "run"):
+        process = start(*flags, "--out", folder)
+        if folder.name == "run":
+            for goal in (7, 24):
+                # Inside the second epoch, and in the save that follows the fifth, whose accuracy the rate answers to.
+                wait_for_step(folder, goal, process)
+                process.kill()
+                process.communicate(timeout=300)
+                process = start("--resume", folder)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    rates = [event["lr"] for event in read(tmp_path / "whole" / "log.jsonl") if event["event"] == "epoch"]
+    assert rates == pytest.approx([0.03] * 5 + [0.015])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(
     tmp_path: Path, undisturbed: Path, number: signal.Signals, code: int

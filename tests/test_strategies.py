@@ -71,7 +71,9 @@ def test_every_strategy_trains_and_only_what_should_moves(name: str, tmp_path: P
     assert len(known) == len(before)
     for key in known:
         inner = in_the_backbone(key)
-        assert torch.equal(after[key], before[inner]) != learns[inner], key
+        statistic = "running_" in key or "num_batches" in key
+        # Strategies for BatchNorm networks let everything learn, and its statistics follow.
+        assert torch.equal(after[key], before[inner]) != (statistic or learns[inner]), key
     # What a tuning adds learns.
     assert all(learns[key] for key in after if key not in known)
     assert report["reports"][0]["n"] == 40

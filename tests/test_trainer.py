@@ -20,7 +20,7 @@ from fastadv.recipe import Recipe
 from fastadv.run import Run
 from fastadv.runlog import Progress, read
 from fastadv.strategies import Stage
-from fastadv.trainer import adamw, check_overfitting, fit, schedule
+from fastadv.trainer import adamw, check_overfitting, fit, optimizer_of
 from fastadv.tuning import full, linear
 
 RECIPE = Recipe(
@@ -48,15 +48,6 @@ def run_fit(folder: Path, **changes: Any) -> tuple[Classifier, Run]:
     return model, run
 
 
-def test_the_schedule_rises_then_falls_along_a_cosine() -> None:
-    factors = [schedule(step, 100, 0.1) for step in range(100)]
-    assert factors[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
-    assert max(factors) == factors[10] == 1.0
-    assert factors[55] == pytest.approx(0.5)
-    assert factors == sorted(factors[:11]) + sorted(factors[11:], reverse=True)
-    assert 0 < factors[-1] < 0.001
-
-
 def test_decay_is_for_matrices_only() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
     model.register_parameter("relative_position_bias_table", nn.Parameter(torch.zeros(9, 3)))
@@ -65,9 +56,31 @@ def test_decay_is_for_matrices_only() -> None:
     assert [p is model["a"].weight for p in decayed] == [True]
 
 
+def test_sgd_is_torchs_with_momentum_and_decay_on_matrices() -> None:
+    """Fused, and with its rate in a tensor, as a recorded update needs it; found_inf voids a step."""
+    ours, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+    plain.load_state_dict(ours.state_dict())
+    optimizer = optimizer_of(dict(ours.named_parameters()), stage(optimizer="sgd", weight_decay=0.1), 1e-8)
+    groups = [{"params": [plain.weight], "weight_decay": 0.1}, {"params": [plain.bias]}]
+    other = torch.optim.SGD(groups, lr=1e-2, momentum=0.9, foreach=False)
+    x = torch.rand(4, 3)
+    for _ in range(3):
+        for model, each in ((ours, optimizer), (plain, other)):
+            each.zero_grad()
+            model(x).square().sum().backward()
+            each.step()
+    torch.testing.assert_close(ours.weight, plain.weight)
+    torch.testing.assert_close(ours.bias, plain.bias)
+    before = ours.weight.detach().clone()
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+    optimizer.step()
+    assert torch.equal(ours.weight, before)
+
+
 def test_without_learners_there_is_nothing_to_fit() -> None:
-    with pytest.raises(SettingsError, match="stage 's' trains no parameter"):
-        adamw({}, stage())
+    for kind in ("adamw", "sgd"):
+        with pytest.raises(SettingsError, match="stage 's' trains no parameter"):
+            optimizer_of({}, stage(optimizer=kind), 1e-8)
 
 
 def test_a_nan_loss_stops_before_the_update(tmp_path: Path) -> None:

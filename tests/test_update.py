@@ -23,7 +23,7 @@ from fastadv.models import Classifier
 from fastadv.recipe import Recipe, read_recipe
 from fastadv.run import Run
 from fastadv.runlog import Progress
-from fastadv.strategies import Stage
+from fastadv.strategies import Stage, load_all
 from fastadv.trainer import fit
 from fastadv.tuning import full, linear
 from fastadv.update import Update
@@ -103,6 +103,29 @@ def test_a_recorded_step_is_the_step(
     assert updates[1].attack.captured == (changes.get("loss") is not clean_ce)
     assert same(off, on)
     assert not torch.equal(small_swin().head.weight, on["head.weight"].cpu())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["twins", "autolora", "ranli-full"])
+def test_a_step_with_branches_or_a_divergence_is_recorded_too(
+    tmp_path: Path, updates: list[Update], monkeypatch: pytest.MonkeyPatch, name: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    chosen, found = load_all()[name], []
+    small = {"model": "resnet_micro_64", "image_size": 32, "per_class": 3, "batch_size": 3, "epochs": 1, "lr": 1e-3}
+    changes = {**small, "weights": "none", "val_images": 10, "train_steps": 1, "eval_steps": 1, "precision": "fp32"}
+    if name == "ranli-full":
+        changes["loss"] = "trades"
+    for capture in ("off", "on"):
+        recipe = dataclasses.replace(chosen.recipe, strategy=name, capture=capture, compile="off", **changes)
+        splits, (stage,) = assemble.splits(recipe), chosen.stages(recipe)
+        model = assemble.model(recipe, 10).to(device)
+        with Progress() as progress, Run(tmp_path / capture, recipe, progress) as run:
+            run.begin(splits)
+            fit(model, stage, splits, recipe, run)
+        found.append(model.state_dict())
+    assert [update.recorded for update in updates] == [False, True]
+    assert same(*found)
 
 
 def test_a_recorded_run_is_resumed_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ LAYOUTS: dict[str, Any] = {
     "ordered": OrderedDict(STATE),
     "parameters": {name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()},
     "model": {"model": STATE, "epoch": 3, "optimizer": {"lr": 0.1}},
+    "beside a Namespace": {"model": STATE, "args": argparse.Namespace(lr=0.1, sizes=[1, 2])},
     "state_dict": {"state_dict": STATE, "arch": "swin"},
     "module.": {"state_dict": prefixed("module.")},
     "module.model.": {"model": prefixed("module.model.")},
@@ -185,10 +186,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "zip of something else": (zip_file, "is cut off, damaged or not weights"),
     "TorchScript": (script_file, "is cut off, damaged or not weights"),
-    "argparse.Namespace": (lambda: torch_file(argparse.Namespace(lr=0.1)), r"a Python object \(argparse.Namespace\)"),
-    "Namespace beside the weights": (
-        lambda: torch_file({"model": STATE, "args": argparse.Namespace(lr=0.1)}),
-        r"a Python object \(argparse.Namespace\)",
+    "argparse.Namespace": (lambda: torch_file(argparse.Namespace(lr=0.1)), "holds a Namespace, not tensors by name"),
+    "Namespace among the weights": (
+        lambda: torch_file({**STATE, "args": argparse.Namespace(lr=0.1)}),
+        r"holds more than tensors: args \(Namespace\)",
     ),
     "numpy number": (
         lambda: torch_file({"acc": np.float64(0.5)}),

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastadv.attacks.ledger import Ledger
 from fastadv.attacks.momentum import unit
 from fastadv.attacks.tiles import Window, moved, pattern, tiling, window
+from fastadv.errors import SettingsError
 from fastadv.inputs import logits_of
 from fastadv.losses import margin
 from fastadv.passes import Passes
@@ -172,7 +173,13 @@ class Search:
             bar=x.new_zeros(len(x)),
             bad=torch.zeros_like(y, dtype=torch.bool),
         )
+        version = adv._version
         self._ask(rows, adv)
+        if adv._version != version:
+            # Where a gradient is asked for, torch refuses; here the search would go on from what the model left.
+            raise SettingsError(
+                "the model writes into its input", "x = x.clone() before x.sub_(), x.div_() and the like"
+            )
         return rows
 
     def _stripes(self, places: Tensor, run: int) -> Tensor:

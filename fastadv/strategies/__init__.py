@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Literal
+
+from torch import Tensor
 
 from fastadv.errors import SettingsError
 from fastadv.heads import HeadStart
-from fastadv.losses import TrainingLoss
+from fastadv.losses import Forward, TrainingLoss, adversarial_ce
+from fastadv.models import Classifier
+from fastadv.plateau import Pace
 from fastadv.recipe import Recipe
 from fastadv.registry import Registry
 from fastadv.tuning import Tuning
@@ -28,8 +33,10 @@ class Stage:
     """Shown in the progress bar, the log and the curves."""
     tuning: Tuning
     """Which parameters learn."""
-    loss: TrainingLoss
+    loss: TrainingLoss = adversarial_ce
     """(forward, x, y, attack) -> scalar to minimise."""
+    loss_on: Callable[[Classifier], TrainingLoss] | None = None
+    """Makes a loss that switches branches of the model that the tuning prepared; it takes the place of ``loss``."""
     epochs: int
     """Passes over the training images."""
     lr: float
@@ -40,6 +47,14 @@ class Stage:
     """Overwrites the head before the stage; None keeps it."""
     robust: bool = True
     """Select the best weights by robust validation accuracy; False: by clean accuracy, without any attack."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has momentum 0.9."""
+    pace: Callable[[list[float]], Pace] | None = None
+    """From the validation accuracies so far to the next epoch's learning rate; None: the recipe's schedule."""
+    prepare: Callable[[Classifier, Forward, Iterable[tuple[Tensor, Tensor]]], None] | None = None
+    """Called before each epoch with the model, its forward pass and the epoch's batches."""
+    scaffold: str | None = None
+    """The submodule that only training needs, by name: a trained model is without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +88,17 @@ def strategy(
         return stages
 
     return register
+
+
+def refuse_changes(recipe: Recipe, *names: str) -> None:
+    """Raise SettingsError for a field among ``names`` that is not at its default: the strategy decides it itself."""
+    default = type(recipe)()
+    for name in names:
+        if getattr(recipe, name) != getattr(default, name):
+            raise SettingsError(
+                f"{name} is {getattr(recipe, name)}, which {recipe.strategy} does not use",
+                f"leave out --{name.replace('_', '-')}",
+            )
 
 
 def load_all() -> Registry[Strategy]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from fastadv.heads import HeadStart, ranli, zero
-from fastadv.losses import adversarial_ce, clean_ce
+from fastadv.losses import clean_ce, training_loss
 from fastadv.recipe import Recipe
 from fastadv.strategies import Stage, strategy
 from fastadv.strategies.linear import linear_probe
@@ -27,6 +27,8 @@ def clean_probe(recipe: Recipe) -> Iterator[Stage]:
         loss=partial(clean_ce, label_smoothing=smoothing),
         epochs=recipe.probe_epochs,
         lr=recipe.probe_lr,
+        weight_decay=recipe.probe_weight_decay,
+        optimizer=recipe.probe_optimizer,
         head=ranli,
         robust=False,
     )
@@ -58,11 +60,12 @@ def register(head: str, tuning: str) -> None:
         yield from before(recipe)
         yield Stage(
             name="finetune",
-            tuning=learns,
-            loss=partial(adversarial_ce, label_smoothing=recipe.label_smoothing),
+            tuning=partial(prompt, num_tokens=recipe.prompt_tokens) if learns is prompt else learns,
+            loss=training_loss(recipe.loss, recipe.beta, recipe.label_smoothing),
             epochs=recipe.epochs,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
+            optimizer=recipe.optimizer,
             head=start,
         )
 

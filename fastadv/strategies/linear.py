@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 from fastadv.heads import ranli
-from fastadv.losses import adversarial_ce
+from fastadv.losses import training_loss
 from fastadv.recipe import Recipe
 from fastadv.strategies import Stage, strategy
 from fastadv.tuning import linear
@@ -18,8 +17,10 @@ def linear_probe(recipe: Recipe) -> Iterator[Stage]:
     yield Stage(
         name="probe",
         tuning=linear,
-        loss=partial(adversarial_ce, label_smoothing=recipe.label_smoothing),
+        loss=training_loss(recipe.loss, recipe.beta, recipe.label_smoothing),
         epochs=recipe.probe_epochs,
         lr=recipe.probe_lr,
+        weight_decay=recipe.probe_weight_decay,
+        optimizer=recipe.probe_optimizer,
         head=ranli,
     )

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from fastadv.heads import small
-from fastadv.losses import adversarial_ce, clean_ce
+from fastadv.losses import clean_ce, training_loss
 from fastadv.recipe import Recipe
-from fastadv.strategies import Stage, strategy
+from fastadv.strategies import Stage, refuse_changes, strategy
 from fastadv.tuning import full
 
 # Single-step adversarial training with random start: steps of 1.25 eps (arXiv:2001.03994, section 4). Tiny-ImageNet's
@@ -36,10 +36,11 @@ def pretrain_adversarial(recipe: Recipe) -> Iterator[Stage]:
     yield Stage(
         name="adversarial",
         tuning=full,
-        loss=partial(adversarial_ce, label_smoothing=recipe.label_smoothing),
+        loss=training_loss(recipe.loss, recipe.beta, recipe.label_smoothing),
         epochs=recipe.epochs,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
+        optimizer=recipe.optimizer,
         head=small,
     )
 
@@ -47,6 +48,7 @@ def pretrain_adversarial(recipe: Recipe) -> Iterator[Stage]:
 @strategy("pretrain-standard", source="arXiv:2103.14030", recipe=FROM_SCRATCH)
 def pretrain_standard(recipe: Recipe) -> Iterator[Stage]:
     """Train everything from scratch on clean images."""
+    refuse_changes(recipe, "loss", "beta")
     yield Stage(
         name="standard",
         tuning=full,
@@ -54,6 +56,7 @@ def pretrain_standard(recipe: Recipe) -> Iterator[Stage]:
         epochs=recipe.epochs,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
+        optimizer=recipe.optimizer,
         head=small,
         robust=False,
     )
