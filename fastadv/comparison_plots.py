@@ -19,7 +19,10 @@ from fastadv.page import Figure, Table
 from fastadv.svg import BLUE, INK, LINE, MUTED, VERMILION, label
 
 BEFORE, AFTER = "ranli-", "roli-"
-LETTER = 6.3
+# Where a name may stand: on which side of its mark, and how many points above it.
+OFFSETS = [(side, height) for height in (0, 13, -13, 26, -26) for side in (1, -1)]
+# Letters that a name may have, on a phone and on a wide screen.
+LONGEST = (18, 30)
 
 
 class Panel(NamedTuple):
@@ -67,7 +70,7 @@ def scatter(panel: Panel, attack: str) -> Figure:
         axes.margins(0.16 if wide else 0.2)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7 if wide else 4))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-        _name(canvas, axes, {group.strategy: _place(group) for group in shown})
+        _name(canvas, axes, {group.strategy: _place(group) for group in shown}, LONGEST[wide])
 
     gains = [_gain(before, after) for before, after in joined]
     said = f"{panel.title}. A point is the mean over seeds, a dot one seed."
@@ -162,7 +165,7 @@ def foretold(points: Sequence[Probes]) -> Figure:
             axes.set(xlim=(x[0] - 10, x[0] + 10), ylim=(y[0] - 10, y[0] + 10))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7 if wide else 4))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-        _name(canvas, axes, {point.title: (100 * point.clean, 100 * point.robust) for point in points})
+        _name(canvas, axes, {point.title: (100 * point.clean, 100 * point.robust) for point in points}, LONGEST[wide])
 
     said = "A point for every data set and backbone, the mean over seeds."
     if len(points) < 3:
@@ -204,7 +207,7 @@ def _mark(group: Group) -> str:
     return "o" if group.strategy.startswith((AFTER, BEFORE)) else "s"
 
 
-def _name(canvas: Canvas, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
+def _name(canvas: Canvas, axes: Axes, places: Mapping[str, tuple[float, float]], longest: int) -> None:
     """Write every name beside its point, where it covers no point and no other name."""
     canvas.draw_without_rendering()
     frame = axes.get_window_extent()
@@ -213,20 +216,29 @@ def _name(canvas: Canvas, axes: Axes, places: Mapping[str, tuple[float, float]])
     unit = canvas.dpi / 72
     taken = [Bbox.from_bounds(x - 6 * unit, y - 6 * unit, 12 * unit, 12 * unit) for x, y in points.values()]
     for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        text = label(name, 30)
-        width, height = LETTER * unit * len(text), 15 * unit
-        boxes: list[tuple[float, int, int, int, Bbox]] = []
-        for dx, dy in ((9, 0), (-9, 0), (9, 13), (9, -13), (-9, 13), (-9, -13), (9, 26), (9, -26), (-9, 26), (-9, -26)):
-            left = x + dx * unit - (width if dx < 0 else 0)
-            box = Bbox.from_bounds(left, y + dy * unit - height / 2, width, height)
-            over = sum(_overlap(box, other) for other in taken) + 3 * (width * height - _overlap(box, frame))
-            boxes.append((over, len(boxes), dx, dy, box))
-        _, _, dx, dy, box = min(boxes)
-        taken.append(box)
-        side = "left" if dx > 0 else "right"
-        axes.annotate(
-            text, places[name], (dx, dy), textcoords="offset points", ha=side, va="center_baseline", parse_math=False
+        note = axes.annotate(
+            label(name, longest),
+            places[name],
+            (0, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            parse_math=False,
         )
+        # Else a long name would shrink the axes to nothing.
+        note.set_in_layout(False)
+        size = note.get_window_extent()
+        tried: list[tuple[float, int, float, int, Bbox]] = []
+        for side, dy in OFFSETS:
+            left = x + (9 * unit if side > 0 else -9 * unit - size.width)
+            left = max(0.0, min(left, canvas.bbox.width - size.width))
+            box = Bbox.from_bounds(left, y + dy * unit - size.height / 2, size.width, size.height)
+            # Outside of the frame is three times as bad as over another name.
+            over = sum(_overlap(box, other) for other in taken)
+            over += 3 * (size.width * size.height - _overlap(box, frame))
+            tried.append((over, len(tried), (left - x) / unit, dy, box))
+        _, _, dx, dy, box = min(tried)
+        taken.append(box)
+        note.set_position((dx, dy))
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:
