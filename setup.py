@@ -97,7 +97,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "pytest-benchmark>=5.1", "hypothesis>=6.100"],
+        "test": ["pytest>=8.3", "pytest-benchmark>=5.1", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
         # What benchmarks/ compares with. For an environment of their own: they pin old versions of others.
         "bench": [

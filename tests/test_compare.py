@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sample_comparison import pretend
 
 from fastadv import compare, comparison, comparison_cells, comparison_page, comparison_probe, report, train
@@ -63,6 +64,15 @@ def asked(images: Path, out: Path, *strategies: str, weights: str = "none", seed
     """The command line of a small comparison."""
     where = ["--data", str(images), "--weights", weights, "--seeds", str(seeds), "--out", str(out)]
     return ["--strategies", *strategies, *SETTINGS, *where]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes of --jobs have: another number of threads sums in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
