@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastadv.losses import AttackLoss
 from fastadv.passes import Passes
+from fastadv.patches import patch_layers
 from fastadv.standins import Slot, StandIns, detached, folded, merged, rounded, wants_channels_last, window_blocks
 
 _ABSENT = object()
@@ -138,9 +139,9 @@ class Shadow:
             self.copies = faster is not None
             if faster is None and self.mode == "eval":
                 faster = folded(self.model)
-            exact, blocks = detached(self.model), window_blocks(self.model)
-        self.exact = plain.then(exact).then(StandIns(blocks, None))
-        self.inexact = self.exact if faster is None else plain.then(faster).then(StandIns(blocks, None))
+            exact, layers = detached(self.model), window_blocks(self.model) + patch_layers(self.model)
+        self.exact = plain.then(exact).then(StandIns(layers, None))
+        self.inexact = self.exact if faster is None else plain.then(faster).then(StandIns(layers, None))
         self._compiled: Callable[[Tensor], Tensor] = torch.compile(self.model) if self.compile else self.model
         self.proven = False
         self.builds += 1

@@ -196,7 +196,7 @@ def wants_channels_last(model: nn.Module, adv: Tensor) -> bool:
         pixels = output.shape[-2:].numel()
         work.append((pixels, pixels * conv.weight.numel()))
 
-    convs = [module for module in model.modules() if type(module) is nn.Conv2d]
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     # Not for a transformer's patches.
     if len(convs) < 3:
         return False
