@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import EPS, Affine, HalfSpace, Quadratic, images
 from test_pgd_traces import awkward_model, picture, same
-from torch import nn
+from torch import Tensor, nn
 
 from fastadv import ops
 from fastadv.attacks.adaptive import Ascent, Found, Rows, checkpoints
@@ -410,3 +410,19 @@ def test_settings_that_cannot_be_meant() -> None:
         APGD(loss="dlr").run(HalfSpace(), images(2), torch.tensor([0, 1]), threat("linf"))
     with pytest.raises(DataError, match="label 7"):
         APGD().run(Affine(), images(2), torch.tensor([0, 7]), threat("linf"))
+
+
+class Writes(nn.Module):
+    """Cuts the image it is given, instead of one of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp_(0.2, 0.8).flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize("mode", ["fast", "parity"])
+def test_a_model_that_writes_into_its_input_is_refused(mode) -> None:
+    x, y = torch.rand(2, 3, 8, 8), torch.arange(2)
+    kept = x.clone()
+    with pytest.raises(SettingsError, match="writes into its input"):
+        APGD(steps=1, mode=mode)(Writes(), x, y, ThreatModel("linf", 0.1))
+    assert torch.equal(x, kept)

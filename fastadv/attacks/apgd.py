@@ -7,31 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadv.attacks.adaptive import Ascent
 from fastadv.attacks.ledger import Ledger
+from fastadv.attacks.member import Member
 from fastadv.attacks.momentum import unit
 from fastadv.attacks.targets import Objective, likely_targets
-from fastadv.engine import PRECISIONS, shadow_passes
 from fastadv.errors import SettingsError
-from fastadv.inputs import check_inputs
 from fastadv.passes import Passes
-from fastadv.pgd import AttackResult
-from fastadv.registry import did_you_mean
 from fastadv.seeds import mix
 from fastadv.threat import ThreatModel
 
 Loss = Literal["ce", "dlr", "dlr-targeted"]
-Mode = Literal["fast", "parity"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD:
+class APGD(Member):
     """The settings of APGD as a value that is itself the attack, ``(model, x, y, threat) -> adv``.
 
     mode="fast": an image leaves the run at the first iterate that fools the model, its noise is a function of (seed,
@@ -52,59 +47,24 @@ class APGD:
     """The step size is halved when the loss rose in at most this share of steps."""
     eot: int = 1
     """Gradients averaged at each step, for models that are random."""
-    seed: int = 0
-    """Of the random starts."""
-    mode: Mode = "fast"
-    """fast or parity."""
-    precision: str = "fp32"
-    """Of the gradient passes in fast mode: fp32, bf16, or auto. A success counts when float32 confirms it."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts", "targets", "eot"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise SettingsError(f"{name} is {value}", "give a whole number, 1 or more")
+        super().__post_init__()
+        self._check_count("steps", "restarts", "targets", "eot")
+        self._check_word("loss", get_args(Loss))
         if not 0 <= self.rho <= 1:
             raise SettingsError(f"rho is {self.rho}", "give a share between 0 and 1, as in rho=0.75")
-        for name, known in (("loss", get_args(Loss)), ("mode", get_args(Mode)), ("precision", PRECISIONS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise SettingsError(f"unknown {name} {value!r}", did_you_mean(str(value), known))
-        if self.mode == "parity" and self.precision != "fp32":
-            raise SettingsError(f"precision is {self.precision!r} in parity mode", 'precision="fp32", or mode="fast"')
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, index: Tensor | None = None
-    ) -> Tensor:
-        """The images found, like x. See :meth:`run`."""
-        return self.run(model, x, y, threat, index=index).adv
+    def _objective(self) -> Objective:
+        return Objective(self.loss)
 
-    def run(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, index: Tensor | None = None
-    ) -> AttackResult:
-        """For each image one that fools the model, else (fast) the one with the largest margin or (parity) x itself.
+    def _is_seeded(self) -> bool:
+        # Over several passes of a random model the gradients' lengths matter, so the loss gives them.
+        return self.loss == "ce" and self.eot == 1
 
-        index: int64 (B,), the images' numbers, on which their noise depends in fast mode; 0, 1, 2, ... without it.
-        Success is judged in float32, the loss is the margin.
-        Raises: SettingsError or DataError for what cannot be meant; NonFiniteGradientError for NaN or infinity.
-        """
-        given = check_inputs(x, y, threat, None, None)
-        names = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-        objective = Objective(self.loss)
-        if self.mode == "parity":
-            passes = Passes(model, objective, "eval", given.num_labels)
-        else:
-            # Over several passes of a random model the gradients' lengths matter, so the loss gives them.
-            seeded = self.loss == "ce" and self.eot == 1
-            passes = shadow_passes(
-                model, objective, num_labels=given.num_labels, precision=self.precision, seeded=seeded
-            )
-        with passes.opened(x.device):
-            ledger = Ledger(passes, given, threat, names, fast=self.mode == "fast")
-            self._attack(ledger, Ascent(self, passes, objective, threat))
-            return ledger.result()
-
-    def _attack(self, ledger: Ledger, ascent: Ascent) -> None:
+    def _attack(self, passes: Passes, ledger: Ledger, threat: ThreatModel) -> None:
+        assert isinstance(passes.loss, Objective)
+        ascent = Ascent(self, passes, passes.loss, threat)
         noise, parity = torch.Generator().manual_seed(self.seed), self.mode == "parity"
         for rank, run in self._runs(ledger.clean.shape[1]):
             left = ledger.left()
@@ -114,9 +74,9 @@ class APGD:
             target = y
             if self.loss == "dlr-targeted":
                 # Parity asks anew, as the last digit of a logit depends on the batch.
-                logits = ascent.passes.score(x) if parity else ledger.clean[left]
+                logits = passes.score(x) if parity else ledger.clean[left]
                 target = likely_targets(logits, self.targets)[:, rank]
-            found = ascent.run(x, y, target, self._start(x, ledger.threat, names, noise, run), names)
+            found = ascent.run(x, y, target, self._start(x, threat, names, noise, run), names)
             if parity:
                 ledger.offer(left[found.success], found.adv[found.success], only_fooling=True)
             else:

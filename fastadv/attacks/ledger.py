@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.adaptive import refuse_nonfinite
 from fastadv.attacks.layout import fast_layout
-from fastadv.errors import DataError
+from fastadv.errors import DataError, SettingsError
 from fastadv.inputs import Inputs
 from fastadv.losses import margin, misclassified
 from fastadv.passes import Passes
@@ -43,12 +43,20 @@ class Ledger:
         if not len(self.given):
             # A model need not stand a batch without images.
             return self.given, self.given.new_zeros(0, 2)
-        x = torch.empty_like(self.given, memory_format=layout).copy_(self.given)
         try:
-            return x, self.passes.score(x)
+            return self._scored(layout)
         except RuntimeError:
             # A view() in the model that needs the layout given.
-            return self.given, self.passes.score(self.given)
+            return self._scored(torch.preserve_format)
+
+    def _scored(self, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+        x = torch.empty_like(self.given, memory_format=layout).copy_(self.given)
+        before = x._version
+        logits = self.passes.score(x)
+        if x._version != before:
+            # What counts as the image would become another one.
+            raise SettingsError("the model writes into its input", "let its forward begin with x = x.clone()")
+        return x, logits
 
     def left(self) -> Tensor:
         """The places of the images that nothing found fools the model on."""

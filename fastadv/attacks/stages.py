@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.fab import FAB
+from fastadv.attacks.member import Member
 from fastadv.attacks.square import Square
 
 Version = Literal["standard", "plus", "rand"]
@@ -22,7 +23,7 @@ class Stage:
 
     name: str
     """As the published code calls it."""
-    attack: APGD | FAB | Square
+    attack: Member
 
 
 def stages(version: Version, classes: int, **settings: Any) -> tuple[list[Stage], list[str]]:
