@@ -1,7 +1,8 @@
 """The README's speed tables and their plot, from the JSON files in benchmarks/results.
 
 ``python benchmarks/table.py`` prints the tables; ``--write`` puts them between the markers ``<!-- peers:begin -->`` and
-``<!-- peers:end -->`` (and ``autoattack:``, ``gpu:``) of README.md and draws docs/peers_cpu.svg.
+``<!-- peers:end -->`` (and ``autoattack:``, ``gpu:``) of README.md, those of AutoAttack and its verdicts also of
+docs/results.md, and draws docs/peers_cpu.svg.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+VERDICTS = ROOT / "tests" / "data" / "verdicts.json"
 FAST = "fastadv fp32"
 Row = Mapping[str, Any]
 
@@ -175,6 +177,23 @@ def autoattack(document: Row) -> str:
     return "\n\n".join(parts)
 
 
+def verdicts(document: Row) -> str:
+    """What the published AutoAttack did to each set of tests/data/verdicts.json, and how often parity mode differs."""
+    from fastadv.attacks.verdicts import SURVIVED
+
+    rows = []
+    for name, run in document["runs"].items():
+        found = run["published"]
+        stages = [str(found.count(number)) for number in range(len(run["stages"]))]
+        survive = found.count(SURVIVED)
+        attacked = survive + sum(map(int, stages))
+        share = f"{survive} ({100 * survive / attacked:.0f} %)"
+        radius = f"{round(255 * run['eps'])}/255" if name.startswith("swin") else f"{run['eps']:g}"
+        rows.append([f"{name} {radius}", str(len(found)), str(attacked), *stages, share, str(len(run["differ"]))])
+    stages = next(iter(document["runs"].values()))["stages"]
+    return markdown(["network, ball", "images", "right when clean", *stages, "survive", "verdicts that differ"], rows)
+
+
 def left(row: Row) -> str:
     """``30.2 % (25.8-35.0) robust``."""
     return f"{percent({'share': row['robust'], 'interval': row['robust_interval']})} robust"
@@ -229,6 +248,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="rewrite README.md and the plot instead of printing")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "peers_cpu.svg")
     args = parser.parse_args(argv)
     tables = {}
@@ -245,12 +265,20 @@ def main(argv: list[str]) -> int:
     if not args.write:
         print("\n\n".join(tables.values()))
         return 0
-    text = args.readme.read_text()
+    insert(args.readme, tables)
+    if "autoattack" in tables:
+        known = verdicts(json.loads(VERDICTS.read_text()))
+        insert(args.docs, {"autoattack": tables["autoattack"], "verdicts": known})
+    return 0
+
+
+def insert(page: Path, tables: Mapping[str, str]) -> None:
+    """Put each table between its markers in ``page``."""
+    text = page.read_text()
     for marker, content in tables.items():
         text = between(text, marker, content)
-    args.readme.write_text(text)
-    print(f"wrote {', '.join(tables)} into {args.readme}")
-    return 0
+    page.write_text(text)
+    print(f"wrote {', '.join(tables)} into {page}")
 
 
 if __name__ == "__main__":

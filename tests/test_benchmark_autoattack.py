@@ -15,6 +15,7 @@ import autoattack
 import nets
 import table
 
+from fastadv.attacks.verdicts import SURVIVED
 from fastadv.threat import ThreatModel
 
 
@@ -51,3 +52,16 @@ def test_the_table_says_seconds_robust_accuracies_and_differing_verdicts_of_both
     assert text.count(f"**{row['speed_up']:.2f}x**") == 2
     assert "| robust: linf 0.1, 24 images |" in text and "| weak: linf 0.1, 24 images |" in text
     assert text.endswith("commit ccccccccc.")
+
+
+def test_the_verdicts_are_counted_stage_by_stage(tmp_path) -> None:
+    found = [-1, 0, 0, 1, 3, SURVIVED, SURVIVED, SURVIVED]
+    stages = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    run = {"eps": 0.07, "stages": stages, "published": found, "differ": [5]}
+    text = table.verdicts({"runs": {"plain linf": run, "swin linf": run | {"eps": 4 / 255}}})
+    assert "| plain linf 0.07 | 8 | 7 | 2 | 1 | 0 | 1 | 3 (43 %) | 1 |" in text
+    assert "| swin linf 4/255 | 8 |" in text
+    page = tmp_path / "results.md"
+    page.write_text("<!-- verdicts:begin -->\nold\n<!-- verdicts:end -->\n")
+    table.insert(page, {"verdicts": text})
+    assert page.read_text() == f"<!-- verdicts:begin -->\n{text}\n<!-- verdicts:end -->\n"
