@@ -155,10 +155,12 @@ def autoattack(document: Row) -> str:
     """Everything of autoattack.json: against the published code, PGD with and without broken images, the two modes."""
     runs = [("standard AutoAttack", "pyautoattack", "fastadv", document["cases"])]
     runs += [("PGD-10, evaluation", "everything", "survivors", document["pgd"])]
-    if "parity" in document:
-        runs += [("AutoAttack in fp32", "parity", "fast", {"1,000 images": document["parity"]})]
+    runs += [("AutoAttack, modes", "parity", "fast", document.get("parity", {}))]
+    runs += [("AutoAttack, parity mode", "parity", "another seed", document.get("seeds", {}))]
     parts = []
     for what, slow, quick, cases in runs:
+        if not cases:
+            continue
         rows = []
         for name, case in cases.items():
             ball = f"{name}: {case['norm']} {case['eps']:g}, {case['n']} images"
@@ -168,11 +170,11 @@ def autoattack(document: Row) -> str:
             rows.append([ball, *cells, spread, str(case["verdicts_differ"])])
         parts.append(markdown([what, slow, quick, "speed-up (of batches)", "verdicts that differ"], rows))
     machine = document["environment"]
-    commit = str(machine["commit"])[:9] + (" (modified)" if machine["modified"] else "")
+    commits = sorted({case["commit"][:9] for *_, cases in runs for case in cases.values()})
     parts.append(
         f"CPU seconds and robust accuracy of a small residual network on digits, sides taking turns batch by batch; "
         f"{machine['cpu']}, {machine['threads']} thread; torch {machine['torch']}, pyautoattack "
-        f"{machine['pyautoattack']}; commit {commit}."
+        f"{machine['pyautoattack']}; commit {', '.join(commits)}."
     )
     return "\n\n".join(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nets
@@ -22,11 +23,15 @@ ATTACK = PGD(steps=2, step_size=0.06)
 
 
 def trained(
-    name: str, seed: int = 0, epochs: int = EPOCHS, threat: ThreatModel = THREAT, attack: PGD = ATTACK
+    make: Callable[[], nn.Module],
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    threat: ThreatModel = THREAT,
+    attack: PGD = ATTACK,
 ) -> nn.Module:
-    """The network ``name`` trained adversarially on the digits that are not held out."""
+    """A network trained adversarially on the digits that are not held out."""
     torch.manual_seed(seed)
-    model = nets.NETS[name]()
+    model = make()
     x, y = (part[: -nets.HELD_OUT] for part in nets.digits())
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-3)
     steps = epochs * (len(x) // BATCH)
@@ -44,7 +49,7 @@ def trained(
 def main(names: list[str]) -> None:
     """Train ``names``, all without any, and write their weights."""
     for name in names or nets.NETS:
-        model = trained(name).half()
+        model = trained(nets.NETS[name]).half()
         path = nets.weights(name)
         path.parent.mkdir(exist_ok=True)
         safetensors.torch.save_file(model.state_dict(), path)

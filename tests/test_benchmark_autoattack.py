@@ -43,8 +43,8 @@ def test_the_table_says_seconds_robust_accuracies_and_differing_verdicts_of_both
     x, y = digits
     case = autoattack.Case("plain", ThreatModel("linf", 0.1), len(x), 12)
     sides = {"everything": partial(autoattack.pgd, drop=False), "survivors": partial(autoattack.pgd, drop=True)}
-    row = autoattack.take_turns(case, sides, x, y)
-    machine = {"cpu": "a CPU", "threads": 1, "torch": "2", "pyautoattack": "0", "commit": "c" * 40, "modified": False}
+    row = autoattack.take_turns(case, sides, x, y) | {"commit": "c" * 40}
+    machine = {"cpu": "a CPU", "threads": 1, "torch": "2", "pyautoattack": "0"}
     renamed = row | {"pyautoattack": row["everything"], "fastadv": row["survivors"]}
     text = table.autoattack({"environment": machine, "cases": {"robust": renamed}, "pgd": {"weak": row}})
     for side in ("everything", "survivors"):
@@ -52,6 +52,11 @@ def test_the_table_says_seconds_robust_accuracies_and_differing_verdicts_of_both
     assert text.count(f"**{row['speed_up']:.2f}x**") == 2
     assert "| robust: linf 0.1, 24 images |" in text and "| weak: linf 0.1, 24 images |" in text
     assert text.endswith("commit ccccccccc.")
+    assert "modes" not in text
+    both = row | {"parity": row["everything"], "fast": row["survivors"]}
+    assert "| steep units: linf 0.1, 24 images |" in table.autoattack(
+        {"environment": machine, "cases": {}, "pgd": {}, "parity": {"steep units": both}}
+    )
 
 
 def test_the_verdicts_are_counted_stage_by_stage(tmp_path) -> None:
