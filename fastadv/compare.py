@@ -120,6 +120,8 @@ def take_apart(argv: Sequence[str]) -> Asked:
 def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
     """The cells asked for, seed by seed, and what the flags set. Raises SettingsError for what cannot be meant."""
     from fastadv.comparison import Cell, cell_recipe
+    from fastadv.comparison_probe import stages
+    from fastadv.models import SHIPPED
     from fastadv.sources import open_source
     from fastadv.strategies import load_all
     from fastadv.train import absolute
@@ -134,9 +136,12 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
         settings = {field: getattr(recipe, field) for field in _set_by(asked.flags, recipe)}
     first = settings.pop("seed", 0)
     data = [absolute(name) for name in asked.data]
+    # A wrong name is told now, not once for every cell.
     for name in data:
-        # A wrong name is told now, not once for every cell.
         open_source(name)
+    for name in asked.weights:
+        if name not in (*SHIPPED, "none") and not Path(name).is_file():
+            raise SettingsError(f"no weights at {name!r}", f"--weights {'|'.join(SHIPPED)}|none, or the path of a file")
     cells = [
         Cell(strategy=strategy, data=one, weights=weights, seed=seed)
         for seed in range(first, first + asked.seeds)
@@ -145,7 +150,7 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
         for strategy in asked.strategies
     ]
     for cell in cells:
-        cell_recipe(cell, settings)
+        stages(cell_recipe(cell, settings))
     return list(dict.fromkeys(cells)), settings
 
 

@@ -54,13 +54,14 @@ def run_cell(whole: Comparison, cell: Cell) -> Failure | None:
 
         check_recipe(whole, cell)
         folder.mkdir(parents=True, exist_ok=True)
+        # Of an earlier attempt: this one may be killed before it can say why it failed.
+        (folder / FAILURE).unlink(missing_ok=True)
         write_whole(folder / "recipe.json", recipe.to_json() + "\n")
         if not (folder / "split.json").exists():
             begin_behind(folder, recipe, (whole.path(other) for other in _kin(whole, cell)))
         # With the recipe in place a run that never began is resumed like any other.
         train(recipe, folder, resume=True, page=False)
         write_whole(folder / FACTS, json.dumps(_facts(whole, cell)) + "\n")
-        (folder / FAILURE).unlink(missing_ok=True)
         return None
     except stopping.Stopped:
         raise
@@ -102,24 +103,27 @@ def run_processes(
 ) -> None:
     """Run the cells in processes, one for every slot at a time; a slot is what its environment has besides.
 
-    A cell waits while another one is busy with the first stage that both share. Raises Stopped once all have saved.
+    A cell waits while another one is busy with the first stage that both share. Raises Stopped once all have saved;
+    no process outlives this call, also where ``done`` fails.
     """
     waiting, running, free = list(cells), dict[Cell, tuple[subprocess.Popen[bytes], Mapping[str, str]]](), list(slots)
     with stopping.guard():
-        while waiting or running:
-            if stopping.requested():
-                _stop([process for process, _ in running.values()])
-                raise stopping.Stopped(whole.folder)
-            while free and (cell := _startable(whole, waiting, list(running))) is not None:
-                waiting.remove(cell)
-                running[cell] = (_start(whole, cell, free[0]), free.pop(0))
-                print(f"started {whole.name(cell)}, {len(waiting)} of {len(cells)} wait", flush=True)
-            for cell, (process, slot) in list(running.items()):
-                if process.poll() is not None:
-                    del running[cell]
-                    free.append(slot)
-                    done(cell, _outcome(whole.path(cell), process.returncode))
-            time.sleep(POLL_SECONDS)
+        try:
+            while waiting or running:
+                if stopping.requested():
+                    raise stopping.Stopped(whole.folder)
+                while free and (cell := _startable(whole, waiting, list(running))) is not None:
+                    waiting.remove(cell)
+                    running[cell] = (_start(whole, cell, free[0]), free.pop(0))
+                    print(f"started {whole.name(cell)}, {len(waiting)} of {len(cells)} wait", flush=True)
+                for cell, (process, slot) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[cell]
+                        free.append(slot)
+                        done(cell, _outcome(whole.path(cell), process.returncode))
+                time.sleep(POLL_SECONDS)
+        finally:
+            _stop([process for process, _ in running.values()])
 
 
 def gpu_slots() -> list[dict[str, str]]:
@@ -160,6 +164,7 @@ def _startable(whole: Comparison, waiting: Sequence[Cell], running: Sequence[Cel
 def _start(whole: Comparison, cell: Cell, slot: Mapping[str, str]) -> subprocess.Popen[bytes]:
     folder = whole.path(cell)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILURE).unlink(missing_ok=True)
     argv = [sys.executable, "-m", "fastadv.compare", "--resume", str(whole.folder), "--only", whole.name(cell)]
     with (folder / OUTPUT).open("ab") as output:
         return subprocess.Popen(argv, env={**os.environ, **slot}, stdout=output, stderr=output)
@@ -204,5 +209,6 @@ def _facts(whole: Comparison, cell: Cell) -> dict[str, Any]:
     for stage in others:
         stage.tuning(model)
     learn = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    found["trainable_encoder"] = sum(size for name, size in learn.items() if name.startswith("backbone."))
+    # TWINS and AutoLoRa have what they add beside the backbone.
+    found["trainable_encoder"] = sum(size for name, size in learn.items() if not name.startswith("head."))
     return {**found, "trainable_all": sum(learn.values())}

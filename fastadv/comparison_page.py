@@ -19,7 +19,8 @@ from fastadv.strategies import load_all
 
 # What every cell has its own of.
 OWN = ("strategy", "data", "weights", "seed")
-# A probe below so many times chance says little about the arms behind it.
+# A probe below so many times chance says little about the arms behind it; of fewer than ten classes, where that is too
+# much to ask or more than all, half of the way from chance to all.
 TIMES_CHANCE = 5
 
 
@@ -187,10 +188,12 @@ def _limits(
     for panel in panels:
         linear = [group for group in panel.groups if group.strategy == "linear"]
         number = classes.get(panel.groups[0].data, 0)
-        if linear and number and linear[0].mean("clean") < TIMES_CHANCE / number:
+        wanted = min(TIMES_CHANCE / number, (1 + 1 / number) / 2) if number else 0.0
+        if linear and linear[0].mean("clean") < wanted:
             limits.append(
                 f"Undertrained: on {panel.title} the probe reaches {100 * linear[0].mean('clean'):.1f} % clean, less "
-                f"than {TIMES_CHANCE} times chance. What stands behind it there is no comparison of methods."
+                f"than {100 * wanted:.0f} %, where chance is {100 / number:.1f}. What stands behind it there is no "
+                "comparison of methods."
             )
     if any(cell.data == "digits" for cell in whole):
         limits.append("The digits are a demonstration: small, easy, and far from the images the backbone has seen.")

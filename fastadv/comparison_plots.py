@@ -1,6 +1,7 @@
 """The figures of a comparison's page: clean against robust accuracy, what probes foretell, and learning curves.
 
-Nothing is told by colour alone: a robust start is a filled mark, a random one a hollow mark, and every mark is named.
+Nothing is told by colour alone: RanLI, the paper's random head, is a hollow mark, every other start a filled one, and
+every mark is named.
 """
 
 from __future__ import annotations

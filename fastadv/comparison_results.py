@@ -38,7 +38,7 @@ class Row:
     eps: float | None = None
     attack: str = ""
     trainable_encoder: int | None = None
-    """Parameters that learn in the backbone, those added there included, in the last stage."""
+    """Parameters that learn in the last stage but the head's: the backbone's, and what the strategy adds."""
     trainable_all: int | None = None
     """The same with the head."""
     probe_clean: float | None = None

@@ -84,9 +84,10 @@ def load(
 ) -> Splits:
     """The training, validation and test images of a source.
 
-    source: "digits"; "cifar10" or "cifar100", in ``data/``, $FASTADV_DATA or as "cifar10:FOLDER" (fetched only with
-    ``download``); a folder with train/ and test/ or val/, each with a folder of image files per class; a folder with
-    train.npz and test.npz or val.npz; one .npz file, of which a fixed fifth becomes the test split.
+    source: "digits"; "cifar10", "cifar100" (fetched only with ``download``), "cub", "dogs" or "caltech256", in
+    ``data/``, $FASTADV_DATA or as "cub:FOLDER", the last three also as "cub:FOLDER:SPLITS" (`fastadv.papersets`); a
+    folder with train/ and test/ or val/, each with a folder of image files per class; a folder with train.npz and
+    test.npz or val.npz; one .npz file, of which a fixed fifth becomes the test split.
     image_size: side in pixels every image is brought to (the rule is in `fastadv.images`); None keeps the set's own
     size, which must be one, and makes digits 64x64.
     val_images: size of the validation split, fixed by ``seed``. Without a val split it is carved from train, every

@@ -25,6 +25,8 @@ STATISTICS = (
     ("mean", "std"),
     ("normalizer.new_mean", "normalizer.new_std"),
 )
+# What only training needs is in a run's best/ too: the second batch norms of twins, the branch of autolora.
+SCAFFOLDS = ("frozen.", "natural.")
 # A sequence of modules in RoLI's checkpoints: [resize,] statistics, network.
 _ROLI = re.compile(r"^\d\.(?:enc\.|(?=head\.|mean$|std$))")
 _TORCHVISION_VIT = (
@@ -61,6 +63,8 @@ def unwrapped(given: Mapping[str, Tensor]) -> Network:
     """The network of a file (`weightfile.read`) alone, by its own library's names, without copies and statistics."""
     if any(_ROLI.match(name) and ".enc." in name for name in given):
         given = {_ROLI.sub("", name).replace("head.last_layer.", "head."): value for name, value in given.items()}
+    if any(name.startswith("backbone.") for name in given):
+        given = {name: value for name, value in given.items() if not name.startswith(SCAFFOLDS)}
     tensors = {
         name.removeprefix("backbone."): value for name, value in given.items() if not name.startswith("attacker.")
     }

@@ -52,6 +52,7 @@ ROLI: dict[str, Any] = {
     "train_steps": 7,
     "batch_size": 64,
     "probe_optimizer": "sgd",
+    "adam_eps": 1e-6,
     **ATTACK,
 }
 RESNET: dict[str, Any] = {
@@ -63,9 +64,11 @@ TWINS: dict[str, dict[str, Any]] = {
     "cifar10": {"lr": 0.003, "weight_decay": 1e-5, "frozen_weight": 1.0, "resize": True},
     "caltech256": {"lr": 0.003, "weight_decay": 1e-3, "frozen_weight": 0.4, "val_images": 771},
 }
-# arXiv:2310.01818, defaults of the released high-resolution code: the same everywhere, no tuning per data set.
+# arXiv:2310.01818, defaults of the released high-resolution code: the same everywhere, no tuning per data set. Its
+# validation images are 5 % of train.
 AUTOLORA: dict[str, dict[str, Any]] = {
-    name: {"lr": 0.01, "weight_decay": 1e-4, "resize": name.startswith("cifar")} for name in DATASETS
+    name: {"lr": 0.01, "weight_decay": 1e-4, "resize": name.startswith("cifar"), "val_images": number}
+    for name, number in zip(DATASETS, (2500, 2500, 771, 300, 600), strict=True)
 }
 
 _CONFIGS = {"full": "finetune", "prompt": "vpt"}
@@ -85,6 +88,9 @@ _DROPOUT = "LoRA's dropout of 0.1 is active; in the released code it never is"
 _PIXELS = "eps 0.0314 and step 0.00784 of the released code are taken for 8/255 and 2/255"
 _NEAREST = "images are enlarged bilinearly; the released code repeats pixels"
 _SAME_TEST = "validation images are taken from train; the released code selects on the test images"
+_ALL_DECAY = "norms and biases do not decay; in the released code they do"
+_START = "PGD of validation and test starts at a random point; in the released code at the image"
+_LAST_BLOCKS = "every block runs its natural branch; in the released code only the last one of each stage"
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,13 @@ def find(name: str, strategy: str, released: bool = False) -> Preset:
     if released:
         raise SettingsError(f"--as-released with --strategy {strategy}", "leave it out: it knows RoLI's code only")
     low = name.startswith("cifar")
-    notes = [_PIXELS, _NEAREST if low else _CROP]
+    notes = [_PIXELS, _NEAREST if low else _CROP, _ALL_DECAY, _START, _SAME_TEST]
     if strategy == "twins":
         source = f"arXiv:2303.11135, ziquanliu/CVPR2023-TWINS, TWINS_{'cifar' if low else 'high_res_data'}/train.sh"
-        return Preset(name, strategy, {**RESNET, "schedule": "drops", **TWINS[name]}, source, (*notes, _SAME_TEST))
+        return Preset(name, strategy, {**RESNET, "schedule": "drops", **TWINS[name]}, source, tuple(notes))
+    notes += [_LAST_BLOCKS]
     if name == "caltech256":
-        notes += [_SAME_TEST, "the test images are of all classes; the released code's are of 24"]
+        notes += ["the test images are of all classes; the released code's are of 24"]
     source = "arXiv:2310.01818, GodXuxilie/RobustSSL_Benchmark, Finetuning_Methods/AutoLoRa/high_resolution"
     return Preset(name, strategy, {**RESNET, **AUTOLORA[name]}, source, tuple(notes))
 
@@ -148,7 +155,7 @@ def _roli(name: str, strategy: str, released: bool) -> Preset:
         settings |= {"drop_path": 0.5}
     notes = [] if low else [_CROP]
     if released:
-        settings |= {"schedule": "epoch-cosine", "augment": not low, "adam_eps": 1e-6}
+        settings |= {"schedule": "epoch-cosine", "augment": not low}
         notes += [_LAST]
     else:
         notes += [_PACE, *([_AUGMENT] if low else [])]

@@ -24,7 +24,9 @@ from fastadv.cli import command
 from fastadv.comparison import Cell, Comparison
 from fastadv.comparison_cells import Failure
 from fastadv.comparison_results import Row, collect
+from fastadv.errors import CheckpointError
 from fastadv.losses import adversarial_ce, clean_ce
+from fastadv.models import create
 from fastadv.recipe import Recipe
 from fastadv.run import Run
 from fastadv.runlog import read
@@ -271,6 +273,8 @@ def test_an_error_of_a_strategys_own_is_a_failed_cell(
         (["--resume", "nowhere"], "no comparison in nowhere", "compare.json"),
         (["nowhere"], "no comparison in nowhere", "compare.json"),
         (["nowhere", "--epochs", "3"], "has a folder and settings", "alone"),
+        (["--strategies", "linear", "--weights", "robust", "best.pth"], "no weights at 'best.pth'", "robust|standard"),
+        (["--strategies", "linear", "twins", "--loss", "mart"], "loss is mart, which twins does not use", "--loss"),
         (["--strategies", "linear", "--only", "linear"], "--only without --resume", "--resume FOLDER"),
     ],
 )
@@ -480,6 +484,68 @@ def test_processes_take_turns_and_a_dead_one_is_a_failed_cell(tmp_path: Path, mo
     assert {name: failed is None for name, failed in done.items()} == dict(zip(names, (True, False, True), strict=True))
     assert [bool(one.row and one.row.failure) for one in collect(whole)] == [False, True, False]
     assert "signal 9" in str(done["ranli-full"])
+
+
+def test_no_process_is_left_behind_where_the_table_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell(strategy=name, data="digits", weights="none", seed=0) for name in ("ranli-bias", "ranli-full")]
+    whole = Comparison(folder=tmp_path, cells=tuple(cells), settings={})
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(whole: Comparison, cell: Cell, slot: dict[str, str]) -> subprocess.Popen[bytes]:
+        seconds = 0 if cell.strategy == "ranli-bias" else 60
+        started.append(subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep({seconds})"]))
+        return started[-1]
+
+    def full(cell: Cell, failed: Failure | None) -> None:
+        raise CheckpointError("could not write results.csv", "free some space")
+
+    monkeypatch.setattr(comparison_cells, "_start", start)
+    try:
+        with pytest.raises(CheckpointError, match="could not write"):
+            comparison_cells.run_processes(whole, cells, [{}, {}], full)
+        assert [process.poll() for process in started] == [0, -signal.SIGTERM]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_a_killed_second_attempt_does_not_give_the_reason_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell(strategy="ranli-bias", data="digits", weights="none", seed=0)
+    whole = Comparison(folder=tmp_path, cells=(cell,), settings={})
+    whole.path(cell).mkdir()
+    comparison_cells._failed(whole.path(cell), "no space", 4)
+
+    def killed(recipe: Recipe, folder: Path, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        comparison_cells.run_cell(whole, cell)
+    assert comparison_cells.failure(whole.path(cell)) is None
+    comparison_cells._failed(whole.path(cell), "no space", 4)
+    # A child that dies while it is still importing.
+    monkeypatch.setattr(comparison_cells.sys, "executable", shutil.which("false"))
+    process = comparison_cells._start(whole, cell, {})
+    assert comparison_cells._outcome(whole.path(cell), process.wait()) == Failure(
+        "its process ended with exit code 1, see output.txt", 1
+    )
+
+
+@pytest.mark.parametrize("strategy", ["twins", "autolora"])
+def test_what_a_strategy_adds_beside_the_backbone_counts_as_learning(tmp_path: Path, strategy: str) -> None:
+    cell = Cell(strategy=strategy, data="digits", weights="none", seed=0)
+    whole = Comparison(folder=tmp_path, cells=(cell,), settings={})
+    whole.path(cell).mkdir()
+    (whole.path(cell) / "split.json").write_text(json.dumps({"classes": list("abc")}))
+    found = comparison_cells.facts(whole, cell)
+    backbone = sum(p.numel() for p in create("resnet_micro_64", 3).backbone.parameters())
+    assert found["trainable_all"] - found["trainable_encoder"] == 3 * 257
+    assert found["trainable_encoder"] > backbone
 
 
 @pytest.mark.slow

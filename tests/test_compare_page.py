@@ -189,6 +189,13 @@ def test_a_probe_that_learned_little_is_called_undertrained(tmp_path: Path) -> N
     assert "Undertrained" not in written(tmp_path, whole, results, classes=17)
 
 
+def test_of_few_classes_a_probe_need_not_be_better_than_all_right(tmp_path: Path) -> None:
+    """Five times chance are 167 % of three classes."""
+    for clean, classes, under in ((6000, 3, True), (7000, 3, False), (9000, 4, False), (7000, 2, True)):
+        whole, results = invented(tmp_path, {"linear": (clean, 1000)})
+        assert ("Undertrained" in written(tmp_path, whole, results, classes=classes)) == under, (clean, classes)
+
+
 def test_cells_of_two_machines_are_told_apart(tmp_path: Path) -> None:
     whole, results = invented(tmp_path, {"linear": (3000, 1000)}, seeds=2)
     assert "The cells differ" not in written(tmp_path, whole, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from fastadv import foreign, layouts, models, weightfile
 from fastadv.errors import CheckpointError
+from fastadv.tuning.natural import natural
+from fastadv.tuning.twins import twins
 
 State = dict[str, Tensor]
 IMAGENET = {"mean": torch.tensor([0.485, 0.456, 0.406]), "std": torch.tensor([0.229, 0.224, 0.225])}
@@ -96,6 +99,14 @@ def madrylab(model: models.Classifier) -> State:
     )
 
 
+def scaffolded(model: models.Classifier, tuning: Callable[[models.Classifier], Any]) -> State:
+    """What best/ of a run holds whose strategy adds something that only training needs."""
+    trained = copy.deepcopy(model)
+    tuning(trained)
+    assert len(trained.state_dict()) > len(model.state_dict())
+    return dict(trained.state_dict())
+
+
 SWIN: dict[str, Callable[[models.Classifier], Any]] = {
     "timm": lambda m: {**trunk(m), **headed(m, "head.fc")},
     "timm without head": trunk,
@@ -109,6 +120,7 @@ SWIN: dict[str, Callable[[models.Classifier], Any]] = {
     "RoLI": lambda m: {"model": roli(m, resize=False)},
     "RoLI with resize, several GPUs": lambda m: {"model": prefixed(roli(m, resize=True), "module.")},
     "a run of this package": lambda m: dict(m.state_dict()),
+    "a run of autolora": lambda m: scaffolded(m, natural),
     "beside a Namespace": lambda m: {"model_ema": official(m), "args": argparse.Namespace(lr=1.0, data={"x": [1]})},
 }
 RESNET: dict[str, Callable[[models.Classifier], Any]] = {
@@ -116,6 +128,7 @@ RESNET: dict[str, Callable[[models.Classifier], Any]] = {
     "torch before 0.4.1": lambda m: {k: v for k, v in trunk(m).items() if not k.endswith("num_batches_tracked")},
     "robustness": lambda m: {"model": madrylab(m), "epoch": 3, "optimizer": {"lr": 0.1}},
     "robustness, older": lambda m: {"state_dict": madrylab(m)},
+    "a run of twins": lambda m: scaffolded(m, twins),
     "AutoLoRa": lambda m: {"state_dict": {**trunk(m), **headed(m, "fc")}, "args": argparse.Namespace(eps=0.0314)},
 }
 

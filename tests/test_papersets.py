@@ -176,7 +176,13 @@ def _twice(lists: dict[str, dict[str, int]]) -> None:
 
 
 def _one_class_less(lists: dict[str, dict[str, int]]) -> None:
-    lists["val"] = {image: number for image, number in lists["val"].items() if number != 2}
+    lists["test"] = {image: number for image, number in lists["test"].items() if number != 2}
+
+
+def _one_class_more(lists: dict[str, dict[str, int]]) -> None:
+    """Of which nothing is learned."""
+    for part in ("train", "test"):
+        lists[part] = {image: number for image, number in lists[part].items() if number != 2}
 
 
 def _gap(lists: dict[str, dict[str, int]]) -> None:
@@ -215,7 +221,8 @@ def _list(lists: dict[str, Any]) -> None:
     [
         (_absent, r"1 of 5 images of test are not in .*images, first 001\.Black_footed_Albatross/none\.jpg"),
         (_twice, "1 images are in (train and in test|test and in train), first 001"),
-        (_one_class_less, r"train has 3 classes, val 2; only in train: \[2\], only in val: none"),
+        (_one_class_less, r"train has 3 classes, test 2; only in train: \[2\], only in test: none"),
+        (_one_class_more, r"train has 2 classes, val 3; only in train: none, only in val: \[2\]"),
         (_gap, r"3 classes are numbered from 0 to 4, without \[1, 3\]"),
         (_from_two, r"3 classes are numbered from 2 to 4, without \[1\]"),
         (_mixed, r"class 1 has images in 00.* and in 00"),
@@ -235,6 +242,16 @@ def test_split_files_that_do_not_fit_are_refused(
     with pytest.raises(DataError, match=what) as caught:
         open_source(f"cub:{root}:{write(tmp_path / 'splits', lists)}")
     assert caught.value.exit_code == 3 and caught.value.fix
+
+
+def test_validation_images_may_miss_a_class(tmp_path: Path) -> None:
+    """600 of CUB's 5,994 training images, drawn at random, miss some of its 200 classes."""
+    root = cub(tmp_path)
+    lists = split(root, "cub")
+    lists["val"] = {image: number for image, number in lists["val"].items() if number != 1}
+    loaded = data.load(f"cub:{root}:{write(tmp_path / 'splits', lists)}", image_size=4)
+    assert loaded.train.classes == loaded.val.classes == BIRDS
+    assert sorted(loaded.val.labels.tolist()) == sorted(lists["val"].values())
 
 
 def test_two_numbers_for_one_folder_are_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ ranli-prompt   0.5/0.001   0.5/0.01     0.05/0.001   0.05/0.001   0.05/1e-4
 """
 ROWS = {line.split()[0]: line.split()[1:] for line in PAPER.strip().splitlines()}
 CELLS = [(name, row, column) for row in ROWS for column, name in enumerate(presets.DATASETS)]
+TRAIN = {"cifar10": 50_000, "cifar100": 50_000, "caltech256": 60 * 257, "cub": 5994, "dogs": 12_000}
 EPOCHS = {"cifar10": 20, "cifar100": 20, "caltech256": 40, "cub": 60, "dogs": 40}
 
 
@@ -58,6 +59,7 @@ def test_a_cell_is_the_papers(name: str, strategy: str, column: int) -> None:
     assert round(recipe.warmup * recipe.epochs) == 10
     assert (recipe.model, recipe.batch_size, recipe.data) == ("swin_base_patch4_window7_224", 64, name)
     assert (recipe.norm, recipe.eps, recipe.train_steps, recipe.step_size) == ("linf", 8 / 255, 7, 2 / 255)
+    assert recipe.adam_eps == 1e-6
     assert (recipe.eval_steps, recipe.eval_step_size, recipe.label_smoothing) == (10, 2 / 255, 0)
     # CIFAR is attacked at 32x32 and enlarged in the model, the others at 224.
     assert recipe.resize is name.startswith("cifar") and recipe.image_size is None
@@ -184,8 +186,20 @@ def test_autolora_has_one_setting_for_all() -> None:
         recipe = presets.find(name, "autolora").of(dataclasses.replace(chosen.recipe, strategy="autolora"))
         assert (recipe.lr, recipe.weight_decay, recipe.batch_size, recipe.epochs) == (0.01, 1e-4, 128, 60)
         assert (recipe.model, recipe.optimizer, recipe.train_steps) == ("resnet50", "sgd", 10)
+        # 5 % of the training images.
+        assert abs(recipe.val_images - TRAIN[name] / 20) <= 1
         (stage,) = chosen.stages(recipe)
         assert stage.pace is not None and stage.pace([]).factor == 1
+
+
+@pytest.mark.parametrize("strategy", ["twins", "autolora"])
+def test_what_a_run_does_otherwise_than_the_released_code_is_said(strategy: str) -> None:
+    for name in ("cifar10", "caltech256"):
+        said = " ".join(presets.find(name, strategy).notes)
+        for word in ("norms and biases do not decay", "starts at a random point", "selects on the test images"):
+            assert word in said
+        assert ("natural branch" in said) == (strategy == "autolora")
+        assert ("are of 24" in said) == ((name, strategy) == ("caltech256", "autolora"))
 
 
 def test_every_published_strategy_exists() -> None:

@@ -159,6 +159,14 @@ def test_settings_that_the_strategy_decides_itself_are_refused() -> None:
         list(strategies.load_all()["twins"].stages(TwinsRecipe(strategy="twins", loss="trades")))
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_that_cannot_be_meant_is_refused(weight: float) -> None:
+    with pytest.raises(SettingsError, match=r"frozen_weight is .*; --frozen-weight takes a positive number"):
+        TwinsRecipe(frozen_weight=weight)
+    with pytest.raises(SettingsError, match="eps is 8"):
+        TwinsRecipe(eps=8.0)
+
+
 def test_what_is_served_is_a_plain_classifier(tmp_path: Path) -> None:
     """The run's model has no frozen branch, gives what it gave while training, and its file loads as any other."""
     recipe = dataclasses.replace(

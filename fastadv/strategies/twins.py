@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadv.errors import SettingsError
 from fastadv.losses import AttackLoss, Forward, TrainingLoss
 from fastadv.models import Classifier
 from fastadv.recipe import Recipe
@@ -30,6 +32,12 @@ class TwinsRecipe(Recipe):
     clip: float = 1e3
     frozen_weight: float = 1.0
     """Weight of the half of the batch that passes through the statistics of pre-training (0.4 on Caltech-256)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.frozen_weight < math.inf:
+            # At 0 the twins would be learners without a gradient.
+            raise SettingsError(f"frozen_weight is {self.frozen_weight}", "--frozen-weight takes a positive number")
 
 
 def twins_loss(model: Classifier, weight: float = 1.0, label_smoothing: float = 0.0) -> TrainingLoss:
