@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,31 @@ from fastadv.cli import command, pick
 from fastadv.errors import SettingsError
 
 PROGRAM = "python -m fastadv.pretrain"
-OBJECTIVES = ("adversarial", "standard")
+OBJECTIVES = ("adversarial", "standard", "contrastive", "adversarial-contrastive")
+USAGE = f"""\
+usage: {PROGRAM} --objective {"|".join(OBJECTIVES)} --data DATA [--out FOLDER] ...
+       {PROGRAM} --resume FOLDER
+
+Writes weights.safetensors (16 bit) and card.json into the run's folder. The card's numbers are measured on exactly
+those weights: the model's own head, and a linear evaluation (a new head on clean images), both clean and under PGD.
+
+All settings: {PROGRAM} --objective adversarial --help"""
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Pre-train, then write weights.safetensors (16 bit) and card.json; gives what card.json holds."""
     from fastadv.train import run_command
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but pre-training runs in one process",
+            f"{PROGRAM} without torchrun, on one GPU (--device cuda:0)",
+        )
     picked, flags = pick(argv, "--objective")
     if picked.objective not in (None, *OBJECTIVES):
         raise SettingsError(f"unknown objective {picked.objective!r}", f"--objective {'|'.join(OBJECTIVES)}")
     if picked.objective is None and not any(flag.startswith("--resume") for flag in flags):
-        print(f"usage: {PROGRAM} --objective {'|'.join(OBJECTIVES)} --data DATA [--out FOLDER] ...")
-        print(f"       {PROGRAM} --resume FOLDER\n\nAll settings: {PROGRAM} --objective adversarial --help")
+        print(USAGE)
         if flags and not {"-h", "--help"} & set(flags):
             raise SettingsError("no objective given", f"--objective {'|'.join(OBJECTIVES)}")
         return None
@@ -39,8 +52,9 @@ def export(folder: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from fastadv import assemble
+    from fastadv.linear_evaluation import linear_evaluation
     from fastadv.measure import evaluate
-    from fastadv.runlog import environment
+    from fastadv.runlog import environment, table
 
     recipe = assemble.saved_recipe(folder)
     model = assemble.trained(folder, recipe)
@@ -50,9 +64,16 @@ def export(folder: Path) -> dict[str, Any]:
     model.to(assemble.device(recipe.device))
     images = assemble.test_images(recipe)
     report, _ = evaluate(model, images, recipe.eval_attack, recipe.threat, seed=recipe.seed)
+    _, linear = linear_evaluation(model, assemble.splits(recipe).train, images, recipe)
     save_file(state, folder / "weights.safetensors", metadata={"model": recipe.model, "objective": recipe.strategy})
-    card = {"recipe": json.loads(recipe.to_json()), "test": dataclasses.asdict(report), "environment": environment()}
+    card = {
+        "recipe": json.loads(recipe.to_json()),
+        "test": dataclasses.asdict(report),
+        "linear": dataclasses.asdict(linear),
+        "environment": environment(),
+    }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    table([{"head": "its own", **report.row()}, {"head": "linear, fitted to clean images", **linear.row()}])
     print(f"weights: {folder}/weights.safetensors (float16), measured as rounded; card: {folder}/card.json")
     return card
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.average import Average
 from fastadv.data import Splits, shuffled, steps_per_epoch
 from fastadv.errors import NumericalError, SettingsError
 from fastadv.measure import measure
@@ -42,9 +43,12 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
     run.pick_up(model, learners, optimizer)
     if stage.head and run.stage_step == 0:
         stage.head(model.head, generator("cpu", recipe.seed, run.stage))
-    attack = recipe.train_attack.on(model, precision=recipe.precision, compile=recipe.compile, capture=recipe.capture)
+    average = Average(learners, optimizer, stage.ema)
+    seen = stage.through(model) if stage.through else model
+    speed = {"precision": recipe.precision, "compile": recipe.compile, "capture": recipe.capture}
+    attack = stage.bind(recipe.train_attack, seen, **speed)
     guard = Guard(learners, recipe.clip, run)
-    forward = low_precision(model, attack.precision)
+    forward = low_precision(seen, attack.precision)
     loss = stage.loss_on(model) if stage.loss_on else stage.loss
     update = Update(loss, forward, attack, recipe.threat, optimizer, guard)
     epoch_steps = steps_per_epoch(splits.train, recipe.batch_size)
@@ -74,15 +78,20 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
             noise = generator(device, recipe.seed, run.step, 0)
             by_step = factor(recipe.schedule, run.stage_step, stage.epochs, epoch_steps, recipe.warmup)
             set_lr(optimizer, stage.lr * (pace.factor if pace else by_step))
-            run.advance(update(x, y, noise), len(x))
+            images = len(x)
+            if stage.views:
+                x, y = stage.views(x, y, generator(device, recipe.seed, run.step, 2), splits.train.flip)
+            run.advance(update(x, y, noise), images)
+            average.update(run.stage_step)
             # Not after an epoch's last step: its validation would be lost. The save below follows at once.
             if run.must_save() and run.stage_step % epoch_steps:
                 guard.settle()
                 run.save(model, learners, optimizer)
         guard.settle()
         guard.check_alive()
-        metrics = validate(model, stage, splits, recipe, epoch)
-        run.end_epoch(epoch, model, metrics, float(optimizer.param_groups[0]["lr"]))
+        with average.in_place():
+            metrics = validate(model, stage, splits, recipe, epoch)
+            run.end_epoch(epoch, model, metrics, float(optimizer.param_groups[0]["lr"]))
         # Before the save: a resumed run finds the weights that the next epoch starts from.
         if stage.pace and stage.pace(run.accuracies()).back:
             run.back_to_best(model)
@@ -98,7 +107,7 @@ def optimizer_of(learners: dict[str, nn.Parameter], stage: Stage, adam_eps: floa
 
 
 def adamw(learners: dict[str, nn.Parameter], stage: Stage, eps: float = 1e-8) -> torch.optim.AdamW:
-    """AdamW over ``learners``, with decay on matrices only: norms, biases and position tables are left alone."""
+    """AdamW over ``learners``, with decay on matrices only: not on norms, biases and relative position tables."""
     groups, lr = _groups(learners, stage)
     return torch.optim.AdamW(groups, lr=lr, eps=eps, fused=True, capturable=lr.device.type == "cuda")
 
@@ -151,6 +160,8 @@ def validate(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, ep
     # A pace counts epochs: it needs them all.
     if not stage.pace and (epoch + 1) % recipe.val_every and epoch + 1 < stage.epochs:
         return None
+    if stage.score:
+        return stage.score(model, splits, recipe)
     count = partial(
         measure,
         model,

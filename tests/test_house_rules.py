@@ -54,10 +54,11 @@ def test_the_trees_modules_are_those_of_the_readme() -> None:
 
 def test_every_readme_command_parses(capsys: pytest.CaptureFixture[str]) -> None:
     """Every ``python -m fastadv.X`` line of the README names flags that exist."""
-    from fastadv import compare, evaluate, pretrain, purify, train
+    from fastadv import compare, evaluate, inherit, pretrain, purify, train
     from fastadv.cli import command
 
-    mains = {module.__name__.rpartition(".")[2]: module.main for module in (compare, evaluate, pretrain, purify, train)}
+    modules = (compare, evaluate, inherit, pretrain, purify, train)
+    mains = {module.__name__.rpartition(".")[2]: module.main for module in modules}
     lines = re.findall(r"^\s*(?:\$ )?python -m fastadv\.(\w+)(.*)$", README, flags=re.MULTILINE)
     assert {name for name, _ in lines} == set(mains)
     for name, rest in lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastadv import assemble, data, ops, strategies
+from fastadv import assemble, comparison, data, ops, strategies
 from fastadv.errors import SettingsError
 from fastadv.heads import ranli, zero
 from fastadv.losses import clean_ce
@@ -21,7 +22,7 @@ from fastadv.recipe import Recipe
 from fastadv.runlog import read
 from fastadv.strategies import STRATEGIES, Stage, strategy
 from fastadv.strategies.finetune import HEADS, TUNINGS
-from fastadv.train import train
+from fastadv.train import overview, train
 from fastadv.tuning import full, linear
 
 NAMES = sorted(strategies.load_all())
@@ -158,6 +159,60 @@ def test_a_strategys_own_settings_come_back_from_its_run(tmp_path: Path, monkeyp
     recipe = Ranked(strategy="ranked", rank=8)
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert assemble.saved_recipe(tmp_path) == recipe
+
+
+MODULE = """
+from fastadv.heads import zero
+from fastadv.strategies import Stage, strategy
+from fastadv.tuning import linear
+
+
+@strategy("elsewhere", source="arXiv:0000.00000")
+def elsewhere(recipe):
+    \"\"\"A probe from a head of zeros.\"\"\"
+    yield Stage(name="probe", tuning=linear, epochs=recipe.epochs, lr=recipe.lr, head=zero)
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Another package with an entry point for strategies, as pip leaves it; what is written here is its module."""
+    info = tmp_path / "site" / "elsewhere_fastadv-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere-fastadv\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fastadv.strategies]\nelsewhere = elsewhere_fastadv\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    strategies._import_all.cache_clear()
+    yield tmp_path / "site" / "elsewhere_fastadv.py"
+    strategies._import_all.cache_clear()
+    STRATEGIES._items.pop("elsewhere", None)
+    sys.modules.pop("elsewhere_fastadv", None)
+
+
+def test_a_strategy_of_another_package_is_one_like_ours(installed: Path, tmp_path: Path, few_digits: str) -> None:
+    installed.write_text(MODULE)
+    known = strategies.load_all()
+    assert ["elsewhere", "A probe from a head of zeros."] in [
+        line.split(maxsplit=1) for line in overview("train", known).splitlines()
+    ]
+    recipe = dataclasses.replace(known["elsewhere"].recipe, strategy="elsewhere", data=few_digits, **TINY)
+    assert train(recipe, tmp_path / "run", page=False)["reports"][0]["n"] == 40
+    assert assemble.trained(tmp_path / "run", assemble.saved_recipe(tmp_path / "run")).head.bias.abs().max() > 0
+    cell = comparison.Cell(strategy="elsewhere", data="digits", weights="none", seed=0)
+    assert comparison.cell_recipe(cell, {}).strategy == "elsewhere"
+
+
+def test_a_package_that_cannot_be_imported_is_named(installed: Path) -> None:
+    installed.write_text("import no_such_module\n")
+    with pytest.raises(SettingsError, match=r"strategies of elsewhere-fastadv cannot be imported: No module named"):
+        strategies.load_all()
+
+
+def test_what_is_installed_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 ms each time, and a comparison of sixty cells asks more than a thousand times before it starts one."""
+    strategies.load_all()
+    monkeypatch.setattr(strategies, "entry_points", None)
+    assert strategies.load_all() is STRATEGIES
 
 
 def test_linear_probing_keeps_the_backbone_in_eval_mode() -> None:

@@ -10,15 +10,20 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from fastadv.data import Splits
+from fastadv.engine import Fast
 from fastadv.errors import SettingsError
 from fastadv.heads import HeadStart
 from fastadv.losses import Forward, TrainingLoss, adversarial_ce
 from fastadv.models import Classifier
+from fastadv.pgd import PGD
 from fastadv.plateau import Pace
 from fastadv.recipe import Recipe
 from fastadv.registry import Registry
@@ -42,7 +47,7 @@ class Stage:
     lr: float
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Decoupled decay, on matrices only."""
+    """Decay, on matrices only; adamw decouples it from the gradient."""
     head: HeadStart | None = None
     """Overwrites the head before the stage; None keeps it."""
     robust: bool = True
@@ -55,6 +60,16 @@ class Stage:
     """Called before each epoch with the model, its forward pass and the epoch's batches."""
     scaffold: str | None = None
     """The submodule that only training needs, by name: a trained model is without it."""
+    ema: float = 0.0
+    """Decay of the average of the weights that is validated and kept in their place; 0: the weights themselves."""
+    views: Callable[[Tensor, Tensor, torch.Generator, bool], tuple[Tensor, Tensor]] | None = None
+    """Makes (x, y) of an update of a batch's, by a generator of its own; the bool: a mirrored image keeps its class."""
+    through: Callable[[Classifier], nn.Module] | None = None
+    """Makes the module that loss and attack go through, of the model's own parameters; None: the model."""
+    bind: Callable[..., Fast] = PGD.on
+    """Binds the recipe's attack to that module; its keywords are those of `PGD.on`."""
+    score: Callable[[Classifier, Splits, Recipe], dict[str, float]] | None = None
+    """Validates where the model's own head says nothing: ``{"clean": share}``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +117,25 @@ def refuse_changes(recipe: Recipe, *names: str) -> None:
 
 
 def load_all() -> Registry[Strategy]:
-    """Every strategy: the files of this folder, and those that other packages register as entry points."""
+    """Every strategy: the files of this folder, and those that other packages register as entry points.
+
+    Raises SettingsError naming the package whose module cannot be imported.
+    """
+    _import_all()
+    return STRATEGIES
+
+
+# Reading what is installed takes 5 ms, and a comparison asks for the stages of its cells thousands of times.
+@cache
+def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     for entry in entry_points(group="fastadv.strategies"):
-        entry.load()
-    return STRATEGIES
+        try:
+            entry.load()
+        except Exception as error:
+            owner = entry.dist.name if entry.dist else entry.value
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise SettingsError(
+                f"the strategies of {owner} cannot be imported: {reason}", f"repair {owner}, or pip uninstall {owner}"
+            ) from error
