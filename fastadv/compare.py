@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         whole = comparison.begin(asked.out, cells, settings, shlex.join(("python", "-m", "fastadv.compare", *argv)))
     run_folder(asked.out, resume=asked.out.is_dir())
     with RunLock(asked.out):
-        return run(whole, cells, asked.jobs)
+        return run(whole, cells, asked.jobs, finish)
 
 
 def take_apart(argv: Sequence[str]) -> Asked:
@@ -154,8 +154,14 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
     return list(dict.fromkeys(cells)), settings
 
 
-def run(whole: Comparison, cells: Sequence[Cell], jobs: int | None) -> dict[str, Any]:
-    """Run the cells without a result, then write table and page. Raises FastadvError at the end if one failed."""
+def run(
+    whole: Comparison,
+    cells: Sequence[Cell],
+    jobs: int | None,
+    finish: Callable[[Comparison], dict[str, Any]],
+    program: str = PROGRAM,
+) -> dict[str, Any]:
+    """Run the cells without a result, then ``finish``. Raises FastadvError at the end if one failed."""
     from fastadv.comparison_cells import gpu_slots, is_finished, run_here, run_processes
     from fastadv.comparison_results import check_csv, collect, write_csv
 
@@ -183,7 +189,7 @@ def run(whole: Comparison, cells: Sequence[Cell], jobs: int | None) -> dict[str,
     if failures:
         error = FastadvError(
             f"{len(failures)} of {len(cells)} cells failed, first: {failures[0].reason}",
-            f"remove the cause, then {PROGRAM} --resume {whole.folder}; the others are done",
+            f"remove the cause, then {program} --resume {whole.folder}; the others are done",
         )
         error.exit_code = failures[0].exit_code
         raise error

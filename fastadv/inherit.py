@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastadv.cli import command, parse
-from fastadv.errors import FastadvError, SettingsError
+from fastadv.errors import SettingsError
 
 if TYPE_CHECKING:
     # At run time they are imported inside the functions: Ctrl-C and SIGTERM then work while torch is still loading.
-    from fastadv.comparison import Cell, Comparison
-    from fastadv.comparison_cells import Failure
+    from fastadv.comparison import Comparison
 
 PROGRAM = "python -m fastadv.inherit"
 PAGE = "inherit.html"
@@ -44,7 +43,7 @@ again.
   --model       the backbones' network (default: swin_micro_64)
   --seeds       how many, counted from --seed (default: 1, from 0)
   --out         the folder (default: runs/inherit)
-  --jobs        cells at a time, in processes of one thread each (default: 1, with all threads)
+  --jobs        cells at a time, in processes of one thread each (default: one per GPU; on a CPU 1, with all threads)
   --resume      go on with what is in a folder
   FOLDER alone, or --page-only: write table and page again from what is there
 """
@@ -71,39 +70,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         whole = comparison.begin(asked.out, cells, settings, shlex.join(("python", "-m", "fastadv.inherit", *argv)))
     run_folder(asked.out, resume=asked.out.is_dir())
     with RunLock(asked.out):
-        return run(whole, list(whole), asked.jobs)
-
-
-def run(whole: Comparison, cells: Sequence[Cell], jobs: int | None) -> dict[str, Any]:
-    """Run the cells without a result, then write table and page. Raises FastadvError at the end if one failed."""
-    from fastadv.comparison_cells import is_finished, run_here, run_processes
-    from fastadv.comparison_results import check_csv, collect, write_csv
-
-    check_csv(whole.folder, same_version=True)
-    whole.save()
-    failures: list[Failure] = []
-
-    def done(cell: Cell, failed: Failure | None) -> None:
-        print(f"{whole.name(cell)}: {f'failed: {failed.reason}' if failed else 'done'}", flush=True)
-        failures.extend([failed] if failed else [])
-        write_csv(whole.folder, collect(whole))
-
-    left = [cell for cell in cells if not is_finished(whole.path(cell))]
-    if len(left) < len(cells):
-        print(f"{len(cells) - len(left)} of {len(cells)} cells have a result already")
-    if jobs and jobs > 1 and len(left) > 1:
-        run_processes(whole, left, [{"OMP_NUM_THREADS": "1"}] * jobs, done)
-    else:
-        run_here(whole, left, done)
-    found = finish(whole)
-    if failures:
-        error = FastadvError(
-            f"{len(failures)} of {len(cells)} cells failed, first: {failures[0].reason}",
-            f"remove the cause, then {PROGRAM} --resume {whole.folder}; the others are done",
-        )
-        error.exit_code = failures[0].exit_code
-        raise error
-    return found
+        return compare.run(whole, list(whole), asked.jobs, finish, PROGRAM)
 
 
 def finish(whole: Comparison) -> dict[str, Any]:
