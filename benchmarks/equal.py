@@ -72,6 +72,9 @@ def compared(
             "only_accelerated_breaks": int((plain & ~flags).sum()),
             "captured": fast.captured,
         }
+    environment = runlog.environment()
+    # It would name folders of this machine; data, n, steps and radius are said below.
+    del environment["command"]
     return {
         "data": Path(data).name,
         "n": num,
@@ -81,7 +84,7 @@ def compared(
         "attack": f"PGD-{steps}, linf {round(255 * eps, 2):g}/255, final iterate, judged in fp32",
         "plain": counted(plain),
         "accelerated": rows,
-        "environment": runlog.environment(),
+        "environment": environment,
     }
 
 
