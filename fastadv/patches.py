@@ -60,5 +60,7 @@ class _Patches(torch.autograd.Function):
         # Under autocast the gradient comes in the type of the output.
         patches = grad.permute(0, 2, 3, 1).flatten(0, 2) @ weight.flatten(1).to(grad.dtype)
         pixels = patches.view(b, h, w, c, kh, kw).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h * kh, w * kw)
-        # A rest too small for a patch is not looked at.
-        return F.pad(pixels, (0, width - w * kw, 0, height - h * kh)), None, None
+        if pixels.shape[2:] != (height, width):
+            # A rest too small for a patch is not looked at. Not always: pad copies also where it adds nothing.
+            pixels = F.pad(pixels, (0, width - w * kw, 0, height - h * kh))
+        return pixels, None, None
