@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from fastadv.models import Classifier
 from fastadv.pgd import PGD
 from fastadv.registry import did_you_mean
 from fastadv.shadow import ShadowPasses
-from fastadv.threat import ThreatModel
 
 PROJECTOR = "projector"
 Pairs = Literal["a2s", "a2a", "ds", "rocl"]
@@ -158,45 +157,20 @@ class OnViews(Fast):
     Where the attack is recorded all batches must be of one size: padding would join in.
     """
 
-    def _attack(
-        self,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-        eps: Tensor | None,
-        mask: Tensor | None,
-        *,
-        scored: bool,
-        wait: bool,
-        drop: bool = False,
-    ) -> AttackResult:
+    def _attack(self, x: Tensor, y: Tensor, *rest: Any, **how: Any) -> AttackResult:
         # A projection has fewer numbers than there may be classes.
-        nobody = torch.zeros_like(y)
-        return super()._attack(x, nobody, threat, generator, eps, mask, scored=scored, wait=wait, drop=drop)
+        return super()._attack(x, torch.zeros_like(y), *rest, **how)
 
 
 class FirstView(OnViews):
     """An attack on the first views of a batch of two; the second ones come back as they are, and stay as they are."""
 
-    def _attack(
-        self,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-        eps: Tensor | None,
-        mask: Tensor | None,
-        *,
-        scored: bool,
-        wait: bool,
-        drop: bool = False,
-    ) -> AttackResult:
+    def _attack(self, x: Tensor, y: Tensor, *rest: Any, **how: Any) -> AttackResult:
         against, half = cast(AgainstOther, self.attack.loss), len(x) // 2
         passes = ShadowPasses(self.shadow, against, self.attack.mode, 0)
         with passes.opened(x.device), torch.no_grad():
             against.hold(passes.forward(x[half:]).float())
-        found = super()._attack(x[:half], y[:half], threat, generator, eps, mask, scored=scored, wait=wait, drop=drop)
+        found = super()._attack(x[:half], y[:half], *rest, **how)
         return found._replace(adv=torch.cat([found.adv, x[half:]]))
 
 
