@@ -17,7 +17,7 @@ import transcriptions
 from torch import Tensor
 
 from fastadv.models import Classifier
-from fastadv.pgd import PGD
+from fastadv.pgd import PGD, Keep
 from fastadv.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 8 / 255)
@@ -34,9 +34,9 @@ class Settings:
     steps: int = 10
     random_start: bool = True
 
-    def ours(self, keep: str = "last") -> PGD:
+    def ours(self, keep: Keep = "last") -> PGD:
         """The same attack as a value of fastadv."""
-        return PGD(steps=self.steps, step_size=STEP_SIZE, random_start=self.random_start, keep=keep)  # type: ignore[arg-type]
+        return PGD(steps=self.steps, step_size=STEP_SIZE, random_start=self.random_start, keep=keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Contestant:
     """(model, settings, an example batch) -> (x, y) -> adv. Which parameters learn is as the caller left it."""
     source: str
     """Where the code comes from, or which lines it transcribes."""
-    keep: str = "last"
+    keep: Keep = "last"
     """What it returns, in fastadv's words. RoLI's best is one of whole batches: in practice the last."""
     package: str | None = None
     """The distribution it needs."""
@@ -66,7 +66,7 @@ class Contestant:
             return None
 
 
-def _fast(model: Classifier, settings: Settings, x: Tensor, *, precision: str, keep: str = "last") -> Attack:
+def _fast(model: Classifier, settings: Settings, x: Tensor, *, precision: str, keep: Keep = "last") -> Attack:
     fast = settings.ours(keep).on(model, precision=precision)
     return lambda x, y: fast(x, y, THREAT)
 
@@ -86,9 +86,10 @@ def _loop(model: Classifier, settings: Settings, x: Tensor, *, loop: transcripti
 def _torchattacks(model: Classifier, settings: Settings, x: Tensor) -> Attack:
     import torchattacks
 
-    return torchattacks.PGD(  # type: ignore[no-any-return]
+    attack: Attack = torchattacks.PGD(
         model, eps=THREAT.eps, alpha=STEP_SIZE, steps=settings.steps, random_start=settings.random_start
     )
+    return attack
 
 
 def _foolbox(model: Classifier, settings: Settings, x: Tensor) -> Attack:

@@ -240,6 +240,7 @@ def test_a_state_folder_belongs_to_one_run(script: list[Scripted], tmp_path: Pat
     model = nn.Sequential(Affine(), nn.Linear(5, 5))
     attack, folder = AutoAttack(), tmp_path / "a" / "b"
     y = model(X).argmax(1)
+    # What an ensemble calls is replaced on purpose, also where a method is declared.
     script[0].run = lambda *_, index, **__: AttackResult(X[index], index < 0, index)  # type: ignore[method-assign]
     script[1].run = script[2].run = script[0].run  # type: ignore[method-assign]
     attack.run(model, X, y, BALL, state=folder)

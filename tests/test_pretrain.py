@@ -259,7 +259,8 @@ def test_recipes_saved_before_there_were_averages_still_load(tmp_path: Path) -> 
     path = tmp_path / "recipe.json"
     path.write_text(Recipe(strategy="pretrain-adversarial", eps=4 / 255).to_json())
     found = read_recipe(path, AdversarialRecipe)
-    assert (found.ema, found.single_step, found.eps) == (0.0, "rs-fgsm", 4 / 255)  # type: ignore[attr-defined] # the kind asked for
+    assert isinstance(found, AdversarialRecipe)
+    assert (found.ema, found.single_step, found.eps) == (0.0, "rs-fgsm", 4 / 255)
     assert isinstance(load_all()["pretrain-contrastive"].recipe, ContrastiveRecipe)
 
 
