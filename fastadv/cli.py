@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from fastadv import stopping
 from fastadv.errors import CheckpointError, FastadvError, SettingsError
 
 OUT_OF_MEMORY = 6
+# 128 and the number of SIGPIPE, as a shell shows other programs that end so.
+PIPE_CLOSED = 141
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 T = TypeVar("T")
 
@@ -26,7 +29,7 @@ def command(
     """Run ``main(argv)`` as the command ``program`` and give its exit code.
 
     0 ok, 2 settings or input, 3 data, 4 checkpoint or weights, 5 numerical, 6 out of memory, 75 stopped and resumable,
-    130 Ctrl-C. ``--debug`` shows tracebacks; with ``--json`` the last line printed is what ``main`` returns, as JSON.
+    130 Ctrl-C, 141 closed pipe. ``--debug`` shows tracebacks; with ``--json`` the last line printed is what ``main`` returns, as JSON.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
@@ -37,7 +40,11 @@ def command(
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         stopping.install()
-        result = main(args)
+        try:
+            result = main(args)
+        finally:
+            # At exit it would be too late to tell a closed pipe quietly.
+            sys.stdout.flush()
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 2
     except FastadvError as error:
@@ -49,6 +56,10 @@ def command(
         return stopping.exit_code()
     except KeyboardInterrupt:
         return refuse("interrupted before anything was saved", "run the command again", 130)
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except OSError as error:
         if debug or error.errno not in NOT_WRITTEN:
             raise

@@ -66,7 +66,7 @@ def run_cell(whole: Comparison, cell: Cell) -> Failure | None:
     except stopping.Stopped:
         raise
     except FastadvError as error:
-        return _failed(folder, error.what, error.exit_code)
+        return _failed(folder, str(error), error.exit_code)
     except Exception as error:
         # A strategy's own fault is no reason to lose the other cells.
         traceback.print_exc()

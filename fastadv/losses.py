@@ -137,10 +137,12 @@ def divergence(logits: Tensor, others: Tensor) -> Tensor:
 def training_loss(name: str, beta: float | None = None, label_smoothing: float = 0.0) -> TrainingLoss:
     """The training loss of that name: at (adversarial cross-entropy), trades or mart.
 
-    ``beta`` None is the published one. Raises SettingsError for an unknown name, and for mart with label smoothing,
-    which its margin has no meaning for.
+    ``beta`` None is the published one. Raises SettingsError for an unknown name, for at with a beta, which it has no
+    use for, and for mart with label smoothing, which its margin has no meaning for.
     """
     if name == "at":
+        if beta is not None:
+            raise SettingsError(f"beta is {beta} with loss at", f"--loss {'|'.join(BETAS)}, or drop --beta")
         return partial(adversarial_ce, label_smoothing=label_smoothing)
     if name not in BETAS:
         raise SettingsError(f"unknown loss {name!r}", did_you_mean(name, ("at", *BETAS)))

@@ -161,7 +161,8 @@ class Recipe:
         for name in ("warmup", "label_smoothing", "drop_path"):
             value = getattr(self, name)
             _check(name, value, 0 <= value < 1, "at least 0 and below 1")
-        training_loss(self.loss, self.beta, self.label_smoothing)
+        # Without beta: some strategies have a use of their own for it.
+        training_loss(self.loss, label_smoothing=self.label_smoothing)
 
     @property
     def threat(self) -> ThreatModel:

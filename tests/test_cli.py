@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--strategy", "linear", "--device", "cuda:99"], "device is 'cuda:99'", "--device cpu"),
         (["--strategy", "linear", "--device", "meta"], "device is 'meta'", "--device cpu"),
         (["--resume", "nowhere"], "no run in nowhere", "recipe.json"),
+        (["--strategy", "linear", "--beta", "3"], "beta is 3.0 with loss at", "--loss trades"),
         (["--epochs", "3"], "no strategy given", "--strategy"),
     ],
 )
@@ -146,6 +148,17 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str], error: BaseException, co
         raise error
 
     assert refused(capsys, main)[0] == code
+
+
+@pytest.mark.parametrize("argv", [["-m", "fastadv.train"], ["-m", "fastadv.train", "--strategy", "linear", "--help"]])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(argv: list[str]) -> None:
+    source, sink = os.pipe()
+    os.close(source)
+    try:
+        run = subprocess.run([sys.executable, *argv], stdout=sink, stderr=subprocess.PIPE, check=False, timeout=120)
+    finally:
+        os.close(sink)
+    assert (run.returncode, run.stderr) == (141, b"")
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -175,8 +175,8 @@ def test_numbers_are_set_with_care(text: str, set_as: str) -> None:
 
 
 def test_what_belongs_together_stays_on_a_line() -> None:
-    text = built("PGD-10 at linf 8/255: 80.0 % (75.8-83.6)")
-    for whole in ("PGD-10", "linf 8/255", "(75.8\u201383.6)"):
+    text = built("PGD-10 at linf 8/255: 80.0 % (75.8-83.6)", "ranli-full")
+    for whole in ("PGD-10", "linf 8/255", "(75.8\u201383.6)", "ranli-full"):
         assert f"<span class='unbroken'>{whole}</span>" in text
     assert 'alt="PGD-10 at linf 8/255: 80.0\u202f% (75.8\u201383.6)"' in text
 
