@@ -29,7 +29,8 @@ def command(
     """Run ``main(argv)`` as the command ``program`` and give its exit code.
 
     0 ok, 2 settings or input, 3 data, 4 checkpoint or weights, 5 numerical, 6 out of memory, 75 stopped and resumable,
-    130 Ctrl-C, 141 closed pipe. ``--debug`` shows tracebacks; with ``--json`` the last line printed is what ``main`` returns, as JSON.
+    130 Ctrl-C, 141 closed pipe. ``--debug`` shows tracebacks; with ``--json`` the last line printed is what ``main``
+    returns, as JSON.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args

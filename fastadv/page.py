@@ -174,7 +174,9 @@ def _said(text: str) -> Markup:
     return Markup(_UNBROKEN.sub(r"<span class='unbroken'>\g<0></span>", str(escape(typeset(text)))))
 
 
-_UNBROKEN = re.compile(r"\([\d.]+\u2013[\d.]+\)|\b[A-Z]+-\d+\b|\b(?:roli|ranli|zero|lp)-[a-z]+\b|\b(?:linf|l2) [\d./]*\d")
+_UNBROKEN = re.compile(
+    r"\([\d.]+\u2013[\d.]+\)|\b[A-Z]+-\d+\b|\b(?:roli|ranli|zero|lp)-[a-z]+\b|\b(?:linf|l2) [\d./]*\d"
+)
 # A sign, digits, and whatever follows; or nothing to say.
 _NUMBER = re.compile(r"[+\u2212-]?[\d.]|[\u2013\u2014-]?$")
 
