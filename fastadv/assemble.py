@@ -12,11 +12,23 @@ from fastadv.errors import SettingsError
 from fastadv.models import Classifier
 from fastadv.recipe import Recipe, read_recipe, read_settings
 from fastadv.seeds import mix
+from fastadv.sharing import own_gpu
 from fastadv.strategies import load_all
 
 
 def device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is the GPU where there is one. Raises SettingsError for one not there."""
+    """The device called ``name``; ``auto`` is the GPU where there is one. Raises SettingsError for one not there.
+
+    Under torchrun ``auto`` and ``cuda`` are a GPU of the process's own.
+    """
+    own = own_gpu()
+    if own is not None and name in ("auto", "cuda"):
+        if own >= torch.cuda.device_count():
+            raise SettingsError(
+                f"process {own + 1} on this machine has no GPU: {torch.cuda.device_count()} here",
+                f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+            )
+        return torch.device("cuda", own)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -139,6 +139,26 @@ def clean(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def read_split(run: Path) -> dict[str, Any]:
+    """What the run's split.json says of its images: their classes, the hash of every split, which ones validate.
+
+    Raises CheckpointError where it is missing or damaged.
+    """
+    path = Path(run) / "split.json"
+    try:
+        found = json.loads(path.read_bytes())
+        reason = "" if isinstance(found, dict) and isinstance(found.get("classes"), list) else "it has no classes"
+    except OSError as error:
+        reason = error.strerror or "it cannot be read"
+    except ValueError:
+        reason = "it is not JSON (cut off?)"
+    if reason:
+        raise CheckpointError(
+            f"{path} cannot be used: {reason}", "bring it back as it was, or train again with --out OTHER"
+        )
+    return dict(found)
+
+
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors of which no two share memory: safetensors takes nothing else."""
     plain: dict[str, Tensor] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import difflib
 import errno
 import io
 import json
@@ -14,11 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastadv import stopping
-from fastadv.errors import CheckpointError, FastadvError, SettingsError
+from fastadv.errors import CheckpointError, Elsewhere, FastadvError, SettingsError
 
 OUT_OF_MEMORY = 6
 # 128 and the number of SIGPIPE, as a shell shows other programs that end so.
 PIPE_CLOSED = 141
+# What every command takes.
+EVERYWHERE = "--json prints the result as JSON in the last line, --debug the traceback of an error."
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 T = TypeVar("T")
 
@@ -48,6 +52,8 @@ def command(
             sys.stdout.flush()
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 2
+    except Elsewhere as error:
+        return error.exit_code
     except FastadvError as error:
         if debug:
             raise
@@ -67,7 +73,7 @@ def command(
         what = f"could not write {error.filename or 'a file of the run'}: {error.strerror}"
         return refuse(what, "free some space or make it writable, then --resume the run", CheckpointError.exit_code)
     except Exception as error:
-        if debug or not _out_of_memory(error):
+        if debug or not out_of_memory(error):
             raise
         # Python's own MemoryError says nothing.
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -104,6 +110,7 @@ def parse(kind: type[T], default: T | None, args: Sequence[str], program: str, a
     try:
         with contextlib.redirect_stderr(said):
             value = tyro.MISSING_NONPROP if default is None else default
+            about = f"{about}\n\nBesides: {EVERYWHERE}"
             return tyro.cli(kind, args=list(args), prog=program, description=about, default=value)
     except SystemExit as exit:
         if not exit.code:
@@ -119,13 +126,35 @@ def parse(kind: type[T], default: T | None, args: Sequence[str], program: str, a
     raise SettingsError(what, fix) if fix else SettingsError(message, hint)
 
 
+def refuse_misspelt(words: Sequence[str], *flags: str) -> None:
+    """Raise SettingsError where one of ``words`` is nearly one of the ``flags``."""
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=0.8)
+        if near and word.startswith("--"):
+            raise SettingsError(f"unknown option {word}", f"did you mean {near[0]}?")
+
+
+def name_first(argv: Sequence[str], kind: type) -> list[str]:
+    """``argv`` with its first word that is neither a flag of dataclass ``kind`` nor the value of one in front."""
+    switches = {field.name for field in dataclasses.fields(kind) if field.type in (bool, "bool")} | {"help"}
+    before = ""
+    for place, word in enumerate(argv):
+        name = before.removeprefix("--").removeprefix("no-").replace("-", "_")
+        takes = before.startswith("--") and "=" not in before and name not in switches
+        if not takes and not word.startswith("-"):
+            return [word, *argv[:place], *argv[place + 1 :]]
+        before = word
+    return list(argv)
+
+
 def refuse(what: str, fix: str, code: int) -> int:
     """Print the two lines of a refusal and give its exit code."""
     print(f"error: {what}\nfix: {fix}", file=sys.stderr)
     return code
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says that memory ended, on the host or on a device."""
     # On the CPU torch raises a plain RuntimeError.
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadv.cli import command, parse
+from fastadv.cli import EVERYWHERE, command, parse, refuse_misspelt
 from fastadv.errors import FastadvError, SettingsError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ strategies, data, weights or seeds are added to what is there.
   --resume      go on with the comparison in a folder
   --only        of it, these cells alone, without table and page; names as of their folders
   FOLDER alone, or --page-only: write table and page again from what is there
+  {EVERYWHERE}
 """
 
 
@@ -121,27 +122,27 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
     """The cells asked for, seed by seed, and what the flags set. Raises SettingsError for what cannot be meant."""
     from fastadv.comparison import Cell, cell_recipe
     from fastadv.comparison_probe import stages
-    from fastadv.models import SHIPPED
+    from fastadv.models import input_size, weights_file
     from fastadv.sources import open_source
     from fastadv.strategies import load_all
     from fastadv.train import absolute
 
     known = load_all()
     if not asked.strategies:
+        refuse_misspelt(asked.flags, "--strategies")
         raise SettingsError("no strategies given", f"--strategies NAME ..., from the list of {PROGRAM}")
     settings: dict[str, Any] = {}
     for name in asked.strategies:
         default = known[name].recipe
         recipe = parse(type(default), default, asked.flags, f"{PROGRAM} --strategies {name}", known[name].summary)
         settings = {field: getattr(recipe, field) for field in _set_by(asked.flags, recipe)}
+    if "strategy" in settings:
+        raise SettingsError("--strategy in a comparison", "--strategies NAME ...")
     first = settings.pop("seed", 0)
     data = [absolute(name) for name in asked.data]
     # A wrong name is told now, not once for every cell.
     for name in data:
         open_source(name)
-    for name in asked.weights:
-        if name not in (*SHIPPED, "none") and not Path(name).is_file():
-            raise SettingsError(f"no weights at {name!r}", f"--weights {'|'.join(SHIPPED)}|none, or the path of a file")
     cells = [
         Cell(strategy=strategy, data=one, weights=weights, seed=seed)
         for seed in range(first, first + asked.seeds)
@@ -150,7 +151,11 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
         for strategy in asked.strategies
     ]
     for cell in cells:
-        stages(cell_recipe(cell, settings))
+        recipe = cell_recipe(cell, settings)
+        stages(recipe)
+        input_size(recipe.model)
+        if recipe.weights != "none":
+            weights_file(recipe.model, recipe.weights)
     return list(dict.fromkeys(cells)), settings
 
 
@@ -239,6 +244,7 @@ def _only(whole: Comparison, names: Sequence[str]) -> list[Cell]:
 
 
 def _list(settings: bool) -> None:
+    from fastadv.comparison import DIGITS
     from fastadv.recipe import Recipe
     from fastadv.strategies import load_all
 
@@ -247,7 +253,18 @@ def _list(settings: bool) -> None:
     print(USAGE)
     print("\n".join(f"  {name:<{width}}  {known[name].summary}" for name in known), flush=True)
     if settings:
-        parse(Recipe, None, ["--help"], f"\n{PROGRAM} --strategies NAME ...", "Settings, for every cell.")
+        print()
+        about = about_settings("--strategies, --data and --weights", DIGITS)
+        parse(Recipe, None, ["--help"], f"{PROGRAM} --strategies NAME ...", about)
+
+
+def about_settings(above: str, digits: Mapping[str, Any]) -> str:
+    """What is said over the list of settings: which are given otherwise, and what the ``digits`` have instead."""
+    from fastadv.recipe import show_pixels
+
+    smaller = {name: show_pixels(value) if name == "step_size" else value for name, value in digits.items()}
+    flags = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in smaller.items())
+    return f"Settings, for every cell; {above} as said above. On digits, unless given: {flags}."
 
 
 def _count(name: str, text: str | None, default: int) -> int:

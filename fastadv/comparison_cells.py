@@ -196,7 +196,7 @@ def _failed(folder: Path, reason: str, exit_code: int) -> Failure:
 
 def _facts(whole: Comparison, cell: Cell) -> dict[str, Any]:
     recipe, folder = whole.recipe(cell), whole.path(cell)
-    classes = json.loads((folder / "split.json").read_text())["classes"]
+    classes = checkpoint.read_split(folder)["classes"]
     model = assemble.model(recipe, len(classes)).to(assemble.device(recipe.device))
     probe, *others = stages(recipe)
     probe.tuning(model)

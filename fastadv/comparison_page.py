@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastadv import comparison_plots as plots
 from fastadv import page
@@ -14,7 +13,7 @@ from fastadv.comparison import Comparison
 from fastadv.comparison_plots import Panel, Probes, pairs
 from fastadv.comparison_results import Group, Result, Row, groups, table_rows
 from fastadv.page import Block, Caution, Data, Points, Section, Table
-from fastadv.recipe import show_pixels
+from fastadv.recipe import Recipe, show_pixels
 from fastadv.strategies import load_all
 
 # What every cell has its own of.
@@ -81,7 +80,7 @@ def verdict(panels: Sequence[Panel]) -> str:
 
 def _attack(panel: Panel) -> str:
     row = panel.groups[0].rows[0]
-    return f"{row.attack} {row.norm} {show_pixels(row.eps or 0)}"
+    return f"{row.attack} {row.norm} {show_pixels(row.eps or 0, row.norm)}"
 
 
 def _lead(whole: Comparison, results: Sequence[Result], panels: Sequence[Panel]) -> list[Block]:
@@ -100,8 +99,8 @@ def _lead(whole: Comparison, results: Sequence[Result], panels: Sequence[Panel])
         first = panels[0].groups[0].rows[0]
         blocks.append(
             f"Robust: right when clean and at every point that {first.attack} tries at {first.norm} "
-            f"{show_pixels(first.eps or 0)}, scored in fp32. Means over seeds, behind \u00b1 their standard deviation; "
-            "of one seed the 95 % Wilson interval."
+            f"{show_pixels(first.eps or 0, first.norm)}, scored in fp32. Means over seeds, behind \u00b1 their "
+            "standard deviation; of one seed the 95 % Wilson interval."
         )
     return blocks
 
@@ -155,7 +154,7 @@ def _settings(whole: Comparison) -> list[Block]:
     for name, recipe in recipes.items():
         own = known[name].recipe
         for field in dataclasses.fields(recipe):
-            here, there = (_show(field.name, getattr(one, field.name)) for one in (recipe, own))
+            here, there = (_show(field.name, one) for one in (recipe, own))
             if field.name not in OWN and here != there:
                 rows[field.name, here, there] = None
     blocks: list[Block] = []
@@ -167,8 +166,9 @@ def _settings(whole: Comparison) -> list[Block]:
     return [*blocks, Data(summary="Every setting of every strategy", value=own_values)]
 
 
-def _show(name: str, value: Any) -> str:
-    return show_pixels(value) if "eps" in name.split("_") or name.endswith("step_size") else str(value)
+def _show(name: str, recipe: Recipe) -> str:
+    value = getattr(recipe, name)
+    return show_pixels(value, recipe.norm) if name == "eps" or name.endswith("step_size") else str(value)
 
 
 def _limits(

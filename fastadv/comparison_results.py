@@ -138,8 +138,8 @@ def epochs_of(folder: Path) -> list[dict[str, Any]]:
 
 def num_classes(whole: Comparison) -> dict[str, int]:
     """How many classes every data set has of which a cell has begun."""
-    begun = {cell.data: path for cell in whole if (path := whole.path(cell) / "split.json").exists()}
-    return {data: len(json.loads(path.read_text())["classes"]) for data, path in begun.items()}
+    begun = {cell.data: path for cell in whole if ((path := whole.path(cell)) / "split.json").exists()}
+    return {data: len(checkpoint.read_split(path)["classes"]) for data, path in begun.items()}
 
 
 def groups(results: Sequence[Result]) -> list[Group]:

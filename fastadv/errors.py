@@ -35,5 +35,13 @@ class NumericalError(FastadvError):
     exit_code = 5
 
 
+class Elsewhere(FastadvError):
+    """Another process of the run failed, with ``exit_code``, and says itself why: here nothing is printed."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run failed", "its own message says how to cure it")
+        self.exit_code = exit_code
+
+
 class NonFiniteGradientError(NumericalError):
     """An attack met logits or gradients that are NaN or infinite: its result would say nothing about robustness."""

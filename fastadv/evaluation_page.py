@@ -95,7 +95,7 @@ def verdict(evaluation: Evaluation) -> str:
     length = "" if report.norm == "linf" else " in Euclidean length"
     return (
         f"Of {report.n:,} images {row['clean']} are classified right; {row['robust']} stay right when {report.attack} "
-        f"may change {change} by up to {show_pixels(report.eps)}{length}."
+        f"may change {change} by up to {show_pixels(report.eps, report.norm)}{length}."
     )
 
 
@@ -181,9 +181,9 @@ def _examples(evaluation: Evaluation) -> list[Block]:
     ]
     report = evaluation.headline
     said = (
-        f"{evaluation.probe} at {report.norm} {show_pixels(report.eps)}. From left to right: the clean image, what the "
-        f"attack adds to it ({factor} times as strong, about grey), and the attacked image, with the predicted class "
-        "and the network's own confidence in it."
+        f"{evaluation.probe} at {report.norm} {show_pixels(report.eps, report.norm)}. From left to right: the clean "
+        f"image, what the attack adds to it ({factor} times as strong, about grey), and the attacked image, with the "
+        "predicted class and the network's own confidence in it."
     )
     return [said, *blocks] if blocks else []
 
@@ -209,8 +209,8 @@ def _limits(evaluation: Evaluation) -> list[str]:
     limits = [
         f"Robust accuracy is an upper bound. {report.attack} found no way to turn the images that stayed right; a "
         "stronger attack may. Nothing here is a certificate.",
-        f"The verdict is about {report.norm} up to {show_pixels(report.eps)}. Blur, rotation, patches and other norms "
-        "are other questions.",
+        f"The verdict is about {report.norm} up to {show_pixels(report.eps, report.norm)}. Blur, rotation, patches and "
+        "other norms are other questions.",
         f"The intervals speak of the choice of {report.n:,} images, not of training: another seed gives another model, "
         "and images from elsewhere may be harder.",
     ]

@@ -104,7 +104,7 @@ def against_radius(curve: Curve, attack: str, report: Report, num_classes: int) 
         )
         _mark(axes, scale * report.eps, 100 * report.robust)
 
-    radii = [show_pixels(eps) if scale == 255 else f"{eps:g}" for eps in curve.eps]
+    radii = [show_pixels(eps, report.norm) for eps in curve.eps]
     said = [f"{y[0]:.1f} % are right when nothing is changed."]
     half = next((radius for radius, number in zip(radii, hits, strict=True) if 2 * number < n), None)
     if half and half != radii[0]:
@@ -117,9 +117,8 @@ def against_radius(curve: Curve, attack: str, report: Report, num_classes: int) 
         columns=("radius", "still right", "images"),
         rows=[(radius, percent(number, n), f"{number:,} of {n:,}") for radius, number in zip(radii, hits, strict=True)],
     )
-    headline = (
-        f"The diamond is {report.attack}, {100 * report.robust:.1f} % of {report.n:,} at {show_pixels(report.eps)}."
-    )
+    radius = show_pixels(report.eps, report.norm)
+    headline = f"The diamond is {report.attack}, {100 * report.robust:.1f} % of {report.n:,} at {radius}."
     caption = f"{' '.join(said)} {attack} at every radius on {n:,} images, with the 95 % Wilson interval. {headline}"
     return Figure(paint=paint, heights=(340, 280), alt=f"A falling curve. {caption}", caption=caption, table=table)
 

@@ -41,6 +41,8 @@ class Example:
     """The largest radius at which the image was still right."""
     broke: float | None
     """The smallest radius at which it was wrong; None where no radius broke it."""
+    norm: str = "linf"
+    """Of the radii."""
 
 
 def extremes(curve: Curve, count: int = 4) -> tuple[list[int], list[int]]:
@@ -95,6 +97,7 @@ def attacked(
                 adv_logits=after[place],
                 held=curve.eps[times - 1],
                 broke=radii[times],
+                norm=threat.norm,
             )
         )
     return found[: len(fragile)], found[len(fragile) :]
@@ -109,8 +112,8 @@ def amplification(examples: Sequence[Example]) -> int:
 def card(example: Example, classes: Sequence[str], factor: int) -> tuple[str, list[Picture]]:
     """Caption and three pictures of an example: clean, the perturbation ``factor`` times about grey, attacked."""
     name = classes[example.label]
-    held = [f"held {show_pixels(example.held)}"] if example.held else []
-    broke = [] if example.broke is None else [f"broken at {show_pixels(example.broke)}"]
+    held = [f"held {show_pixels(example.held, example.norm)}"] if example.held else []
+    broke = [] if example.broke is None else [f"broken at {show_pixels(example.broke, example.norm)}"]
     clean, clean_said = _prediction(example.clean_logits, example.label, classes)
     adv, adv_said = _prediction(example.adv_logits, example.label, classes)
     return f"{name}: {', '.join([*held, *broke])}", [

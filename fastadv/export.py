@@ -267,7 +267,8 @@ def _note(recipe: Recipe, dataset: str, side: int) -> str:
         )
     usual = LEADERBOARDS.get((dataset, recipe.norm), recipe.eps)
     if recipe.eps != usual:
-        told += f" The run's radius is {show_pixels(recipe.eps)}, the leaderboard's {show_pixels(usual)}."
+        radius, other = (show_pixels(eps, recipe.norm) for eps in (recipe.eps, usual))
+        told += f" The run's radius is {radius}, the leaderboard's {other}."
     return told
 
 
@@ -282,7 +283,7 @@ def _card(run: Path, recipe: Recipe, dataset: str, note: str) -> dict[str, Any]:
         "number_forward_passes": 1,
         "dataset": dataset,
         "architecture": recipe.model,
-        "eps": show_pixels(recipe.eps),
+        "eps": show_pixels(recipe.eps, recipe.norm),
         "footnote": note,
         "fastadv": {
             "version": __version__,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastadv.cli import command, parse
+from fastadv.cli import EVERYWHERE, command, parse
 from fastadv.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ again.
   --jobs        cells at a time, in processes of one thread each (default: one per GPU; on a CPU 1, with all threads)
   --resume      go on with what is in a folder
   FOLDER alone, or --page-only: write table and page again from what is there
+  {EVERYWHERE}
 """
 
 
@@ -102,8 +103,9 @@ def finish(whole: Comparison) -> dict[str, Any]:
 def _completed(argv: Sequence[str]) -> list[str]:
     """The command line as that of a comparison of the arms. Raises SettingsError for what is decided here."""
     names = {word.partition("=")[0] for word in argv}
-    if "--strategies" in names:
-        raise SettingsError("--strategies is decided here", f"leave it out: {', '.join(ARMS)}")
+    for name in ("--strategies", "--strategy"):
+        if name in names:
+            raise SettingsError(f"{name} is decided here", f"leave it out: {', '.join(ARMS)}")
     if "--weights" not in names:
         raise SettingsError("no weights given", "--weights robust standard, or the files of several pre-trainings")
     own = [word for name, value in OWN.items() if name not in names for word in (name, value)]
@@ -111,6 +113,8 @@ def _completed(argv: Sequence[str]) -> list[str]:
 
 
 def _list(settings: bool) -> None:
+    from fastadv.compare import about_settings
+    from fastadv.comparison import DIGITS
     from fastadv.recipe import Recipe
     from fastadv.strategies import load_all
 
@@ -119,7 +123,10 @@ def _list(settings: bool) -> None:
     print(USAGE)
     print("\n".join(f"  {name:<{width}}  {known[name].summary}" for name in ARMS), flush=True)
     if settings:
-        parse(Recipe, None, ["--help"], f"\n{PROGRAM} --weights WEIGHTS ...", "Settings, for every cell.")
+        print()
+        digits = {name: value for name, value in DIGITS.items() if f"--{name.replace('_', '-')}" not in OWN}
+        about = about_settings("--weights and --data", digits)
+        parse(Recipe, None, ["--help"], f"{PROGRAM} --weights WEIGHTS ...", about)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def _lead(whole: Comparison, results: Sequence[Result], found: Sequence[Group]) 
         row = found[0].rows[0]
         blocks.append(
             f"Robust: right when clean and at every point that {row.attack} tries at {row.norm} "
-            f"{show_pixels(row.eps or 0)}, scored in fp32. Intervals are 95 % Wilson intervals over the test images of "
-            "one seed."
+            f"{show_pixels(row.eps or 0, row.norm)}, scored in fp32. Intervals are 95 % Wilson intervals over the test "
+            "images of one seed."
         )
     return blocks
 

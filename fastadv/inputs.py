@@ -35,6 +35,8 @@ def check_inputs(
 
     values=False reads nothing from the device, so ranges, NaN and labels are the caller's word.
     """
+    if not isinstance(threat, ThreatModel):
+        raise SettingsError(f"threat is {threat!r}, no ThreatModel", 'pass ThreatModel("linf", 8 / 255)')
     _check_image_kind(x)
     _check_labels_kind(y, x)
     mask = None if mask is None else _check_mask(mask, x)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from fastadv.passes import untouched
 from fastadv.pgd import PGD
 from fastadv.recipe import show_pixels
 from fastadv.seeds import generator
+from fastadv.sharing import ALONE, Share
 from fastadv.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Report:
             return f"{100 * value:.1f} % ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
 
         return {
-            "threat": f"{self.norm} {show_pixels(self.eps)}",
+            "threat": f"{self.norm} {show_pixels(self.eps, self.norm)}",
             "clean": percent(self.clean, self.clean_interval),
             "robust": percent(self.robust, self.robust_interval),
             "attack": f"{self.attack} {self.verdict}, {self.precision}",
@@ -126,12 +127,14 @@ def measure(
     precision: str = "fp32",
     state: Path | None = None,
     say: Callable[[str], None] | None = None,
+    share: Share = ALONE,
 ) -> Verdict:
     """Which images the model is right about, and which of them it stays right about on every iterate it is shown.
 
     Only images that are right when clean are attacked: the others cannot become robust. NaN logits count as wrong.
     ``attack`` None skips the attack. ``state`` is the folder in which an AutoAttack keeps what it found so far; its
-    verdicts are beside it in the end, as ``state``.json. ``say`` is called with each line of its log.
+    verdicts are beside it in the end, as ``state``.json. ``say`` is called with each line of its log. The processes of
+    a ``share`` attack every so-many-th batch each, and all get the whole verdict, which is that of one process.
     """
     if attack is not None and not isinstance(attack, PGD):
         return _ensemble(model, images, attack, threat, batch_size, state, say)
@@ -139,19 +142,21 @@ def measure(
     fast = attack.on(model, precision=precision) if attack else None
     # With keep="last" the verdict is about the final iterate: nobody is finished before it.
     drop = attack is not None and attack.keep == "success"
-    rights, survivals, n = [], [], 0
+    found, n = [], 0
     with untouched(model):
-        for x, y in in_order(images, batch_size, device):
-            with torch.no_grad():
-                right = ~misclassified(model(x), y)
-            survived = torch.zeros_like(right)
-            if fast and right.any():
-                noise = generator(device, seed, EVALUATION, n)
-                survived[right] = ~fast.run(x[right], y[right], threat, generator=noise, drop=drop).success
-            rights.append(right.cpu())
-            survivals.append(survived.cpu())
+        for batch, (x, y) in enumerate(in_order(images, batch_size, device)):
+            right, survived = torch.zeros(2, len(x), dtype=torch.bool, device=device)
+            if share.owns(batch):
+                with torch.no_grad():
+                    right = ~misclassified(model(x), y)
+                if fast and right.any():
+                    noise = generator(device, seed, EVALUATION, n)
+                    survived[right] = ~fast.run(x[right], y[right], threat, generator=noise, drop=drop).success
+            found.append(torch.stack([right, survived]).byte().cpu())
             n += len(x)
-    return Verdict(torch.cat(rights), torch.cat(survivals))
+    share.meet()
+    right, survived = torch.cat([share.tell(*each) for each in enumerate(found)], 1).bool()
+    return Verdict(right, survived)
 
 
 def _ensemble(
@@ -188,6 +193,7 @@ def evaluate(
     precision: str = "fp32",
     state: Path | None = None,
     say: Callable[[str], None] | None = None,
+    share: Share = ALONE,
 ) -> tuple[Report, Verdict]:
     """Clean and robust accuracy with 95 % Wilson intervals, and the verdict of every image behind them.
 
@@ -195,7 +201,8 @@ def evaluate(
     last one does).
     """
     began = time.perf_counter()
-    found = measure(model, images, attack, threat, seed=seed, batch_size=batch_size, precision=precision, state=state)
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "precision": precision}
+    found = measure(model, images, attack, threat, **how, state=state, say=say, share=share)
     report = Report(
         n=found.n,
         clean=found.clean / max(1, found.n),
@@ -243,8 +250,9 @@ def curve(
     a quarter of the radius each. Only the survivors of one radius are attacked at the next.
     """
     radii, survived = [0.0], [right]
-    widest = threat.box[1] - threat.box[0] if threat.norm == "linf" else math.inf
-    eps = threat.eps / 4 if threat.eps else (threat.box[1] - threat.box[0]) / 64
+    width = threat.box[1] - threat.box[0]
+    widest = width if threat.norm == "linf" else width * math.sqrt(images.images[0].numel())
+    eps = threat.eps / 4 if threat.eps else width / 64
     while survived[-1].any() and radii[-1] < widest:
         eps = min(eps, widest)
         alive = survived[-1].nonzero().squeeze(1)

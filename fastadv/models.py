@@ -168,6 +168,25 @@ def create(
     )
 
 
+def weights_file(model: str, weights: str) -> Path:
+    """Where the backbone weights called ``weights``, or in a file of that path, lie for the model of that name.
+
+    Raises SettingsError for a name that is not shipped for it, and where there is no such file.
+    """
+    if weights in SHIPPED:
+        path = WEIGHTS / f"{model}_{weights}.safetensors"
+        if not path.exists():
+            having = [name for name in MICROS if (WEIGHTS / f"{name}_{weights}.safetensors").exists()]
+            raise SettingsError(
+                f"weights {weights!r} are shipped for {' and '.join(having)} only, not for {model}",
+                f"--weights FILE (.safetensors or .pth), --weights none, or --model {MICRO}",
+            )
+        return path
+    if not Path(weights).is_file():
+        raise SettingsError(f"no weights at {weights!r}", f"--weights {'|'.join(SHIPPED)}|none, or the path of a file")
+    return Path(weights)
+
+
 def load_backbone(model: Classifier, weights: str) -> str:
     """Load backbone weights strictly and give the file they came from.
 
@@ -178,17 +197,7 @@ def load_backbone(model: Classifier, weights: str) -> str:
     """
     if weights == "none":
         return "none"
-    path = Path(weights)
-    if weights in SHIPPED:
-        path = WEIGHTS / f"{model.name}_{weights}.safetensors"
-        if not path.exists():
-            having = [name for name in MICROS if (WEIGHTS / f"{name}_{weights}.safetensors").exists()]
-            raise SettingsError(
-                f"weights {weights!r} are shipped for {' and '.join(having)} only, not for {model.name}",
-                f"--weights FILE (.safetensors or .pth), --weights none, or --model {MICRO}",
-            )
-    elif not path.exists():
-        raise SettingsError(f"no weights at {weights!r}", f"--weights {'|'.join(SHIPPED)}|none, or the path of a file")
+    path = weights_file(model.name, weights)
     given, statistics = layouts.unwrapped(weightfile.read(path))
     if statistics and not layouts.same_statistics(model.mean, model.std, statistics):
         own_pixels = [[round(value, 3) for value in part.flatten().tolist()] for part in (model.mean, model.std)]

@@ -35,11 +35,18 @@ class Passes:
         """Inside: gradients are on, autocast is off except in the model's passes, the model is in the attack's mode.
 
         Works under a caller's no_grad, inference_mode and autocast; afterwards the model is as before.
+        Raises: SettingsError for a model that cannot take float32 images, since its weights are of another dtype.
         """
         self.precision = _callers_autocast(device.type)
         off = torch.autocast(device.type, enabled=False)
-        with untouched(self.model, self.mode), torch.inference_mode(False), torch.enable_grad(), off:
-            yield
+        try:
+            with untouched(self.model, self.mode), torch.inference_mode(False), torch.enable_grad(), off:
+                yield
+        except RuntimeError as error:
+            refusal = _other_dtype(self.model, error)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     @property
     def rounded(self) -> bool:
@@ -143,6 +150,18 @@ def untouched(model: nn.Module, mode: str = "eval") -> Iterator[None]:
                     buffer.copy_(before)
             if name not in holder or holder[name] is not buffer:
                 holder[name] = buffer
+
+
+def _other_dtype(model: nn.Module, error: RuntimeError) -> SettingsError | None:
+    """What to raise for ``error`` where it says that float32 images met weights of which none is float32."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    # Asked once a pass has failed, for a model may cast the images itself; subclasses say something else.
+    if not dtypes or torch.float32 in dtypes or type(error) is not RuntimeError or "type" not in str(error):
+        return None
+    return SettingsError(
+        f"the model's weights are {', '.join(sorted(map(str, dtypes)))} and do not take float32 images",
+        "pass model.float() (for speed: inside torch.autocast), or let the model's forward cast its input",
+    )
 
 
 def _version(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -54,6 +54,8 @@ class PGD:
         for name, value, least in (("steps", self.steps, 0), ("restarts", self.restarts, 1)):
             if not isinstance(value, Integral) or value < least:
                 raise SettingsError(f"{name} is {value}", f"give a whole number, {least} or more")
+        if not isinstance(self.step_size, Real | Tensor):
+            raise SettingsError(f"step_size is {self.step_size!r}", "give a number in pixel units, as in 2/255")
         if not 0 <= self.step_size < math.inf:
             raise SettingsError(f"step_size is {self.step_size}", "give 0 or more; targeted=True descends")
         if self.restarts > 1 and not self.random_start:

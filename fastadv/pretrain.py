@@ -3,46 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastadv.cli import command, pick
+from fastadv.cli import EVERYWHERE, command, pick, refuse_misspelt
 from fastadv.errors import SettingsError
+
+if TYPE_CHECKING:
+    from fastadv.sharing import Share
 
 PROGRAM = "python -m fastadv.pretrain"
 OBJECTIVES = ("adversarial", "standard", "contrastive", "adversarial-contrastive")
 USAGE = f"""\
 usage: {PROGRAM} --objective {"|".join(OBJECTIVES)} --data DATA [--out FOLDER] ...
        {PROGRAM} --resume FOLDER
+       torchrun --nproc-per-node N -m fastadv.pretrain ...: N processes share every batch
 
 Writes weights.safetensors (16 bit) and card.json into the run's folder. The card's numbers are measured on exactly
 those weights: the model's own head, and a linear evaluation (a new head on clean images), both clean and under PGD.
+
+{EVERYWHERE}
 
 All settings: {PROGRAM} --objective adversarial --help"""
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Pre-train, then write weights.safetensors (16 bit) and card.json; gives what card.json holds."""
+    from fastadv.sharing import joined
+
+    with joined() as share:
+        return _pretrain(argv, share)
+
+
+def _pretrain(argv: list[str], share: Share) -> dict[str, Any] | None:
     from fastadv.train import run_command
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingsError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but pre-training runs in one process",
-            f"{PROGRAM} without torchrun, on one GPU (--device cuda:0)",
-        )
     picked, flags = pick(argv, "--objective")
     if picked.objective not in (None, *OBJECTIVES):
         raise SettingsError(f"unknown objective {picked.objective!r}", f"--objective {'|'.join(OBJECTIVES)}")
-    if picked.objective is None and not any(flag.startswith("--resume") for flag in flags):
+    folder = pick(flags, "--resume")[0].resume
+    if picked.objective is None and folder is None:
+        refuse_misspelt(flags, "--objective", "--resume")
         print(USAGE)
         if flags and not {"-h", "--help"} & set(flags):
             raise SettingsError("no objective given", f"--objective {'|'.join(OBJECTIVES)}")
         return None
+    if picked.objective is None:
+        _check_own(Path(str(folder)))
     name = picked.objective and f"pretrain-{picked.objective}"
-    report = run_command(PROGRAM, name, flags)
+    report = run_command(PROGRAM, name, flags, share)
     return report and export(Path(report["folder"]))
+
+
+def _check_own(folder: Path) -> None:
+    """Raise SettingsError for a run that is no pre-training: the card would give its classifier out as a backbone."""
+    from fastadv.assemble import saved_recipe
+
+    name = saved_recipe(folder).strategy
+    if name.removeprefix("pretrain-") not in OBJECTIVES:
+        raise SettingsError(f"the run in {folder} is one of {name}", f"python -m fastadv.train --resume {folder}")
 
 
 def export(folder: Path) -> dict[str, Any]:

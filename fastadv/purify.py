@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadv.cli import command, parse, pick
+from fastadv.cli import EVERYWHERE, command, parse, pick
 from fastadv.errors import NumericalError, SettingsError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ done again.
 
   --out        the folder (default: runs/purify)
   --page-only  write page and table again from what is in a folder
+  {EVERYWHERE}
 """
 
 
@@ -110,7 +111,8 @@ def _list(settings: bool) -> None:
     print(USAGE)
     print("\n".join(f"  {each.key}  {each.name:<{width}}  {each.title}" for each in EXPERIMENTS), flush=True)
     if settings:
-        parse(Settings, Settings(), ["--help"], f"\n{PROGRAM} NAME ...", "Settings; pass marks belong to the defaults.")
+        print()
+        parse(Settings, Settings(), ["--help"], f"{PROGRAM} NAME ...", "Settings; pass marks belong to the defaults.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -27,10 +28,10 @@ def parse_number(text: str) -> float:
     return float(top) / float(bottom) if slash else float(text)
 
 
-def show_pixels(value: float) -> str:
-    """A pixel quantity as the field writes it: ``8/255`` where it is a multiple of 1/255, else the number."""
+def show_pixels(value: float, norm: str = "linf") -> str:
+    """A pixel quantity as the field writes it: ``8/255`` for a multiple of 1/255 in linf, else the number."""
     level = round(value * 255, 6)
-    return f"{level:g}/255" if level == round(level) and level else f"{value:g}"
+    return f"{level:g}/255" if norm == "linf" and level == round(level) and level else f"{value:g}"
 
 
 Pixels = Annotated[
@@ -203,14 +204,31 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe saved at ``path``. Raises SettingsError for a field this version does not know.
 
-    CheckpointError for a file that is no recipe.
+    CheckpointError for a file that is no recipe, or has a value of a kind that no run writes.
     """
     saved = read_settings(path)
-    known = {field.name for field in dataclasses.fields(kind)}
-    for name in saved:
+    known, kinds = {field.name for field in dataclasses.fields(kind)}, get_type_hints(kind)
+    for name, value in saved.items():
         if name not in known:
             raise SettingsError(f"{path} has an unknown field {name!r}", did_you_mean(name, known))
+        if not _fits(value, kinds[name]):
+            raise CheckpointError(
+                f"{path} has {json.dumps(value)} for {name}, which no run writes",
+                "bring it back as it was, or start a new run",
+            )
     return kind(**saved)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether ``value``, from JSON, is of the kind that the type ``hint`` says; kinds no recipe here has always fit."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint in (int, float):
+        # True is an int to Python, and a whole number is a float to whoever edits the file.
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, NoneType) else True
 
 
 def _check(name: str, value: object, good: bool, wanted: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from fastadv.pgd import PGD
 from fastadv.recipe import Recipe
 from fastadv.runlog import environment, table
 from fastadv.seeds import generator
+from fastadv.target import sample, sample_rows
 from fastadv.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -97,9 +97,11 @@ def of_evaluation(
         "command": shlex.join(command),
         "environment": environment(),
     }
+    if not settings.page and settings.out is None:
+        return report
+    done = "replaced" if (out / "report.json").exists() else "written"
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     if settings.page:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         write_page(
             out / "report.html",
             about.name,
@@ -114,19 +116,16 @@ def of_evaluation(
             seed=about.seed,
             batch_size=about.batch_size,
         )
-        print(f"written: {out / 'report.html'}")
-    # What AutoAttacks remembered for an interruption: all found now, and a later evaluation starts anew.
-    for state in out.glob("autoattack*-*/"):
-        shutil.rmtree(state)
+    print(f"{done} in {out}: {'report.html, ' * settings.page}report.json")
     return report
 
 
 def check_few(about: Target, threat: ThreatModel, count: int = 100) -> list[Finding]:
-    """What the checks find on the first ``count`` images, printed a line each."""
+    """What the checks find on ``count`` of the images, printed a line each."""
     from fastadv.checks import check
 
     device = next(about.model.parameters()).device
-    x, y = next(iter(in_order(about.images, count, device)))
+    x, y = next(iter(in_order(sample(about.images, count), count, device)))
     findings = check(about.model, x, y, threat, attack=about.attack, seed=about.seed)
     for finding in findings:
         word = evaluation_page.OUTCOMES[finding.passed]
@@ -149,10 +148,9 @@ def write_page(
     seed: int,
     batch_size: int,
 ) -> None:
-    """Write the page about ``found``; ``attack`` makes its curve and pictures, on the first images of the set."""
+    """Write the page about ``found``; ``attack`` makes its curve and pictures, on some of the images."""
     _, verdict = min((pair for pair in found if pair[0].eps == found[0][0].eps), key=lambda pair: pair[0].robust)
-    few = dataclasses.replace(images, images=images.images[:ON_THE_CURVE], labels=images.labels[:ON_THE_CURVE])
-    right = verdict.right[:ON_THE_CURVE]
+    few, right = sample(images, ON_THE_CURVE), verdict.right[sample_rows(len(images), ON_THE_CURVE)]
     falling = curve(model, few, attack, threat, right=right, seed=seed, batch_size=batch_size)
     fragile, stable = examples.attacked(model, few, falling, attack, threat, seed=seed)
     evaluation_page.write(
@@ -176,9 +174,9 @@ def write_page(
 
 
 def draw_examples(path: Path, model: Classifier, images: ImageSet, recipe: Recipe, count: int = 6) -> None:
-    """A picture of the first ``count`` test images: clean, perturbation, adversarial, with predictions."""
+    """A picture of ``count`` test images: clean, perturbation, adversarial, with predictions."""
     device = model.mean.device
-    x, y = next(iter(in_order(images, count, device)))
+    x, y = next(iter(in_order(sample(images, count), count, device)))
     attack = recipe.eval_attack.on(model, precision="fp32")
     adv = attack(x, y, recipe.threat, generator=generator(device, recipe.seed, EVALUATION, 0))
     with torch.no_grad():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -18,19 +22,33 @@ from fastadv.models import Classifier
 from fastadv.recipe import Recipe
 from fastadv.runfolder import RunLock, run_folder
 from fastadv.runlog import Progress, RunLog, environment
+from fastadv.sharing import ALONE, Share
 
 KEPT = ("stage", "stage_step", "step", "loss_sum", "best", "history")
 
 
 class Run:
-    """The state of a run. Everything in it that matters for the weights is in every checkpoint."""
+    """The state of a run. Everything in it that matters for the weights is in every checkpoint.
+
+    Of the processes that ``share`` a run only the first one touches its folder; what it reads there it tells the
+    others, and all decide the same: a signal or the time that one of them notices counts for all.
+    """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, progress: Progress, *, stages: int = 1, resume: bool = False
+        self,
+        folder: Path,
+        recipe: Recipe,
+        progress: Progress,
+        *,
+        stages: int = 1,
+        resume: bool = False,
+        share: Share = ALONE,
     ) -> None:
-        run_folder(folder, resume=resume)
+        if share.first:
+            run_folder(folder, resume=resume)
         self.folder, self.recipe, self.progress, self.resume = folder, recipe, progress, resume
-        self.stages, self.lock = stages, RunLock(folder)
+        self.stages, self.share = stages, share
+        self.lock = RunLock(folder) if share.first else nullcontext()
         self.stage = self.stage_step = self.step = 0
         self.stage_name = ""
         self.loss_sum = 0.0
@@ -42,8 +60,9 @@ class Run:
 
     def __enter__(self) -> Self:
         self.lock.__enter__()
-        checkpoint.clean(self.folder)
-        self.log = RunLog(self.folder / "log.jsonl")
+        if self.share.first:
+            checkpoint.clean(self.folder)
+        self.log = RunLog(self.folder / "log.jsonl" if self.share.first else Path(os.devnull))
         return self
 
     def __exit__(
@@ -53,7 +72,20 @@ class Run:
         self.lock.__exit__(kind, error, trace)
 
     def begin(self, splits: Splits) -> None:
-        """Write down what a new run is made of (recipe, environment, data, split), or pick up a killed one."""
+        """Write down what a new run is made of (recipe, environment, data, split), or pick up a killed one.
+
+        Raises SettingsError where the processes do not have the same images and settings.
+        """
+        if self.share.size > 1:
+            # Where files lie may differ from machine to machine.
+            settings = dataclasses.replace(self.recipe, data="", weights="").to_json()
+            self.share.agree({"recipe": settings, "data": json.dumps({**_describe(splits), "data": "", "skipped": ""})})
+        if self.share.first:
+            self._begin(splits)
+        if self.share.size > 1:
+            self._tell()
+
+    def _begin(self, splits: Splits) -> None:
         if self.resume and (self.folder / "split.json").exists():
             self._restore(splits)
             return
@@ -65,7 +97,7 @@ class Run:
 
     def _restore(self, splits: Splits) -> None:
         """Read the newest whole checkpoint. Raises SettingsError when the data are not those the run began with."""
-        began = json.loads((self.folder / "split.json").read_text())
+        began = checkpoint.read_split(self.folder)
         if began != json.loads(json.dumps(_describe(splits))):
             raise SettingsError(
                 f"the images of {self.recipe.data!r} are not those that {self.folder} began with",
@@ -77,6 +109,18 @@ class Run:
         for name in KEPT:
             setattr(self, name, meta[name])
         self.log.event("resume", step=self.step, checkpoint=path.name)
+
+    def _tell(self) -> None:
+        """Bring all processes to where the first one found the run."""
+        state = {name: getattr(self, name) for name in KEPT}
+        files = self._restored if self._restored is None else list(self._restored)
+        told = self.share.tell_json({**state, "files": files})
+        for name in KEPT:
+            setattr(self, name, told[name])
+        if told["files"] is not None:
+            mine = self._restored or {name: {} for name in told["files"]}
+            data = {name: self.share.tell_bytes(safetensors.torch.save(mine[name])) for name in told["files"]}
+            self._restored = {name: safetensors.torch.load(each) for name, each in data.items()}
 
     def pick_up(
         self,
@@ -118,7 +162,8 @@ class Run:
 
     def must_save(self) -> bool:
         """Whether a signal asked for the end, or the last checkpoint is older than the recipe allows."""
-        return bool(stopping.requested()) or time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes
+        late = time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes
+        return bool(self.share.meet(int(bool(stopping.requested()) or late)))
 
     def save(
         self,
@@ -128,16 +173,20 @@ class Run:
     ) -> None:
         """Write a checkpoint of this very step and drop older ones; then raise Stopped if a signal asked for it."""
         self._gather_loss()
-        files = {"model.safetensors": model.state_dict()}
-        if optimizer is not None and learners is not None:
-            files["optimizer.safetensors"] = {
-                f"{name}:{part}": value for name, p in learners.items() for part, value in optimizer.state[p].items()
-            }
-        meta = {name: getattr(self, name) for name in KEPT}
-        checkpoint.save(checkpoint.step_folder(self.folder, self.step), files, meta)
-        checkpoint.prune(self.folder, keep=2)
+        if self.share.first:
+            files = {"model.safetensors": model.state_dict()}
+            if optimizer is not None and learners is not None:
+                states = {name: optimizer.state[p].items() for name, p in learners.items()}
+                files["optimizer.safetensors"] = {
+                    f"{name}:{part}": value for name, state in states.items() for part, value in state
+                }
+            meta = {name: getattr(self, name) for name in KEPT}
+            checkpoint.save(checkpoint.step_folder(self.folder, self.step), files, meta)
+            checkpoint.prune(self.folder, keep=2)
         self._saved_at = time.monotonic()
-        if stopping.requested():
+        if asked := self.share.meet(stopping.requested()):
+            if not stopping.requested():
+                stopping.take_over(asked)
             self.log.event("stop", step=self.step)
             raise stopping.Stopped(self.folder)
 
@@ -169,6 +218,8 @@ class Run:
         score = [metrics.get("robust", 0.0), metrics["clean"]]
         if self.best is None or score > self.best:
             self.best = score
+            if not self.share.first:
+                return
             files = {"model.safetensors": model.state_dict()}
             checkpoint.save(self._best_folder, files, {"step": self.step, "stage": self.stage, **metrics})
 
@@ -180,8 +231,10 @@ class Run:
     def back_to_best(self, model: Classifier) -> None:
         """Load the stage's best weights, where an epoch was validated."""
         if self.best is not None:
-            files, _ = checkpoint.load(self._best_folder)
-            model.load_state_dict(files["model.safetensors"], strict=True)
+            if self.share.first:
+                files, _ = checkpoint.load(self._best_folder)
+                model.load_state_dict(files["model.safetensors"], strict=True)
+            self.share.spread(model)
 
     def finish_stage(self, model: Classifier) -> None:
         """Go on from the stage's best weights: load them, and make that the newest checkpoint."""

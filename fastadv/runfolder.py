@@ -40,12 +40,24 @@ def run_folder(path: Path, resume: bool = False) -> Path:
             raise CheckpointError(f"there is no run to resume at {run}", "give --resume the folder of a run")
         if not resume:
             check_new(run)
-        run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run):
-            return run
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise SettingsError(f"the run folder cannot be written ({run}: {reason})", "--out OTHER") from error
+        raise _unwritable(run, error) from error
+    return writable(run)
+
+
+def writable(folder: Path) -> Path:
+    """``folder``, made with its parents where it is not there. Raises SettingsError if nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> SettingsError:
+    reason = error.strerror or type(error).__name__
+    return SettingsError(f"the folder cannot be written ({folder}: {reason})", "--out OTHER")
 
 
 class RunLock:

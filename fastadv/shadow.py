@@ -52,6 +52,7 @@ class Shadow:
         """Whether precision and compiled code have worked in a pass."""
         self.draws = False
         """Whether a forward pass has drawn random numbers."""
+        self._compared = False
         self.builds = 0
         """How often the stand-ins were made anew: whoever holds their addresses compares."""
         self.exact = self.inexact = StandIns([], None)
@@ -95,12 +96,35 @@ class Shadow:
         if self.compile:
             self.compile, said = False, f"uncompiled: torch.compile fails ({reason})"
         elif self.copies:
-            put(_DISPLACED[self.model])
-            _DISPLACED[self.model] = put(self.exact.slots)
-            self.inexact, self.copies, said = self.exact, False, f"under autocast: bf16 weights fail ({reason})"
+            self._go_exact()
+            self.copies, said = False, f"under autocast: bf16 weights fail ({reason})"
         else:
             self.precision, said = "fp32", f"in fp32: bf16 fails ({reason})"
         warnings.warn(f"fastadv: attacks on {type(self.model).__name__} run {said}", stacklevel=2)
+
+    def check_folds(self, adv: Tensor) -> None:
+        """Go on without folding where the first of ``adv`` gets other logits by it: the layers' order is a guess."""
+        if self._compared or self.copies or self.inexact is self.exact:
+            return
+        self._compared = True
+        one = adv[:1].detach()
+        with torch.no_grad():
+            try:
+                found = self.model(one)
+                with self.standing_in(exactly=True):
+                    exact = self.model(one)
+                # Folding moves logits by 1e-6 of their size, a wrong order by all of it. NaN is the attack's to report.
+                wrong = bool(((found - exact).abs() > 1e-3 * exact.abs().amax()).any())
+            except Exception:
+                # The forward reads an attribute of a batch norm that is away, or the attack's own pass will fail too.
+                wrong = True
+        if wrong:
+            self._go_exact()
+
+    def _go_exact(self) -> None:
+        put(_DISPLACED[self.model])
+        _DISPLACED[self.model] = put(self.exact.slots)
+        self.inexact = self.exact
 
     def _wants_channels_last(self, adv: Tensor) -> bool:
         """Whether the model takes images of the size of ``adv`` fastest with their channels last."""
@@ -143,7 +167,7 @@ class Shadow:
         self.exact = plain.then(exact).then(StandIns(layers, None))
         self.inexact = self.exact if faster is None else plain.then(faster).then(StandIns(layers, None))
         self._compiled: Callable[[Tensor], Tensor] = torch.compile(self.model) if self.compile else self.model
-        self.proven = False
+        self.proven = self._compared = False
         self.builds += 1
 
 
@@ -170,6 +194,7 @@ class ShadowPasses(Passes):
     def forward(self, adv: Tensor) -> Tensor:
         """What the shadow makes of ``adv``, in bf16 and compiled where that is asked for and works."""
         shadow = self.shadow
+        shadow.check_folds(adv)
         # A black box never asks for a gradient, so nothing is ever proven: the probe below would go with every query.
         if shadow.proven or not (torch.is_grad_enabled() or shadow.compile or shadow.precision == "bf16"):
             return shadow.forward(adv)

@@ -155,7 +155,8 @@ def rounded(model: nn.Module) -> StandIns | None:
 def folded(model: nn.Module) -> StandIns | None:
     """Each eval-mode batch norm multiplied into the convolution before it, the rest detached; None where there is none.
 
-    Only where the order of calls is known: in a Sequential, and between convN and bnN of a ResNet's block or stem.
+    Only where the order of calls is likely: in a Sequential, and between convN and bnN of a ResNet's block or stem. A
+    forward may still call a Sequential's layers in another order, or one of them twice: the shadow compares the logits.
     """
     slots: list[Slot] = []
     pairs: dict[Any, tuple[Any, Tensor, Tensor, Tensor]] = {}
@@ -203,9 +204,9 @@ def wants_channels_last(model: nn.Module, adv: Tensor) -> bool:
     hooks = [conv.register_forward_hook(note) for conv in convs]
     try:
         with torch.no_grad():
-            model(adv[:1])
+            model(adv[:1].contiguous(memory_format=torch.channels_last))
     except Exception:
-        # Whatever it is, the attack's own pass will meet it.
+        # A view() that needs the channels first, or what the attack's own pass will meet.
         return False
     finally:
         for hook in hooks:
@@ -219,7 +220,8 @@ def _followed_by_norm(parent: nn.Module) -> Iterator[tuple[Any, str]]:
     if type(parent) is nn.Sequential:
         for (_, conv), (name, _) in itertools.pairwise(children):
             yield conv, name
-    elif any(kind.__module__ in RESNETS for kind in type(parent).__mro__):
+    # Not for a class derived from theirs: its forward may be another one (a pre-activation block is).
+    elif type(parent).__module__ in RESNETS:
         for name, conv in children:
             if name.startswith("conv") and parent._modules.get(f"bn{name[4:]}") is not None:
                 yield conv, f"bn{name[4:]}"

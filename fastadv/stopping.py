@@ -66,6 +66,11 @@ def requested() -> int:
     return _state.received
 
 
+def take_over(number: int) -> None:
+    """Note a signal that another process of the same run received."""
+    _state.received = number
+
+
 def exit_code() -> int:
     """What the process should end with: 0 if nothing was asked, 75 after SIGTERM (resumable), 130 after Ctrl-C."""
     return EXIT_CODES[_state.received]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastadv import assemble
+from fastadv import assemble, checkpoint
 from fastadv.data import ImageSet, load_test
 from fastadv.errors import DataError, SettingsError
 from fastadv.pgd import PGD
+from fastadv.seeds import generator
 from fastadv.threat import Norm
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Target:
     model: nn.Module
     images: ImageSet
     norm: Norm
+    own_norm: Norm
+    """The norm that ``eps`` and ``attack`` are of: the run's, where ``norm`` is another one."""
     eps: float
     attack: PGD
     seed: int
@@ -51,9 +54,10 @@ def of_run(folder: Path, settings: Settings) -> Target:
             raise SettingsError(f"--{name.replace('_', '-')} for a run", "it belongs to --model; a run has its own")
     skips = "skip" in (recipe.on_bad_image, settings.on_bad_image)
     recipe = dataclasses.replace(recipe, data=settings.data or recipe.data, on_bad_image="skip" if skips else "fail")
+    check_radius(settings, recipe.norm)
     model = assemble.trained(folder, recipe).to(assemble.device(settings.device))
     images = assemble.test_images(recipe)
-    trained_on = json.loads((folder / "split.json").read_text())["classes"]
+    trained_on = checkpoint.read_split(folder)["classes"]
     if list(images.classes) != trained_on:
         other = sorted(set(images.classes) ^ set(trained_on))
         raise DataError(
@@ -63,8 +67,9 @@ def of_run(folder: Path, settings: Settings) -> Target:
     return Target(
         name=folder.resolve().name,
         model=model,
-        images=first(images, settings.images),
+        images=sample(images, settings.images),
         norm=settings.norm or recipe.norm,
+        own_norm=recipe.norm,
         eps=recipe.eps,
         attack=recipe.eval_attack,
         seed=recipe.seed if settings.seed is None else settings.seed,
@@ -77,6 +82,7 @@ def of_run(folder: Path, settings: Settings) -> Target:
 def of_model(settings: Settings) -> Target:
     """A timm or torchvision model with its weights and its images. Raises SettingsError where one is not named."""
     name, weights, data = settings.model or "", settings.weights, settings.data
+    check_radius(settings, "linf")
     for flag, value in (("--weights", weights), ("--data", data)):
         if value is None:
             raise SettingsError(f"--model {name} without {flag}", "give --weights FILE and --data FOLDER with it")
@@ -88,8 +94,9 @@ def of_model(settings: Settings) -> Target:
     return Target(
         name=name,
         model=model.to(assemble.device(settings.device)).eval(),
-        images=first(as_classes_of(images, model.num_classes), settings.images),
+        images=sample(as_classes_of(images, model.num_classes), settings.images),
         norm=settings.norm or "linf",
+        own_norm="linf",
         eps=4 / 255,
         attack=PGD(steps=10, step_size=1 / 255, keep="success"),
         seed=settings.seed or 0,
@@ -97,6 +104,13 @@ def of_model(settings: Settings) -> Target:
         folder=Path("runs") / f"{name}-{Path(data).name}",
         recipe={"model": name, "weights": weights, "data": data},
     )
+
+
+def check_radius(settings: Settings, own: Norm) -> None:
+    """Raise SettingsError for another norm than the model's ``own`` without a radius: its own says nothing there."""
+    if settings.norm not in (None, own) and settings.eps is None:
+        common = "0.5" if settings.norm == "l2" else "4/255"
+        raise SettingsError(f"norm is {settings.norm} without a radius", f"--eps {common}, or another radius")
 
 
 def as_classes_of(images: ImageSet, num_classes: int) -> ImageSet:
@@ -124,6 +138,15 @@ def as_classes_of(images: ImageSet, num_classes: int) -> ImageSet:
     )
 
 
-def first(images: ImageSet, count: int | None) -> ImageSet:
-    """The first ``count`` images, all of them for None."""
-    return dataclasses.replace(images, images=images.images[:count], labels=images.labels[:count])
+def sample(images: ImageSet, count: int | None) -> ImageSet:
+    """``count`` images, drawn once and for all and in the set's order; all for None or if there are fewer.
+
+    The first ones would be those of the first classes where a set lists its images class by class.
+    """
+    rows = sample_rows(len(images), count)
+    return dataclasses.replace(images, images=images.images[rows], labels=images.labels[rows])
+
+
+def sample_rows(n: int, count: int | None) -> Tensor:
+    """The places of the images that :func:`sample` takes of ``n``, int64, ascending."""
+    return torch.randperm(n, generator=generator("cpu", 0))[:count].sort().values

@@ -15,11 +15,13 @@ from fastadv.data import Splits, shuffled, steps_per_epoch
 from fastadv.errors import NumericalError, SettingsError
 from fastadv.measure import measure
 from fastadv.models import Classifier
+from fastadv.parallel import Parallel
 from fastadv.recipe import Recipe
 from fastadv.run import Run
 from fastadv.schedule import factor
 from fastadv.seeds import generator, mix
 from fastadv.shadow import holding
+from fastadv.sharing import ALONE, Share
 from fastadv.standins import window_blocks
 from fastadv.strategies import Stage
 from fastadv.update import Guard, Update
@@ -43,6 +45,7 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
     run.pick_up(model, learners, optimizer)
     if stage.head and run.stage_step == 0:
         stage.head(model.head, generator("cpu", recipe.seed, run.stage))
+    run.share.spread(model)
     average = Average(learners, optimizer, stage.ema)
     seen = stage.through(model) if stage.through else model
     speed = {"precision": recipe.precision, "compile": recipe.compile, "capture": recipe.capture}
@@ -50,7 +53,8 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
     guard = Guard(learners, recipe.clip, run)
     forward = low_precision(seen, attack.precision)
     loss = stage.loss_on(model) if stage.loss_on else stage.loss
-    update = Update(loss, forward, attack, recipe.threat, optimizer, guard)
+    parallel = Parallel(run.share, model, learners)
+    update = Update(loss, forward, attack, recipe.threat, optimizer, guard, parallel)
     epoch_steps = steps_per_epoch(splits.train, recipe.batch_size)
     run.start_stage(stage.name, stage.epochs, epoch_steps)
     run.log.event("stage", name=stage.name, learners=len(learners), precision=attack.precision, step=attack.body)
@@ -71,16 +75,18 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
         )
         if stage.prepare and not start:
             stage.prepare(model, forward, batches())
+            run.share.spread(model)
         set_train_mode(model, training)
         for x, y in batches(start=start):
             # Dropout and drop-path draw from the global stream: seeded by step, a resumed run draws the same.
-            torch.manual_seed(mix(recipe.seed, run.step))
+            torch.manual_seed(parallel.seed(recipe.seed, run.step))
             noise = generator(device, recipe.seed, run.step, 0)
             by_step = factor(recipe.schedule, run.stage_step, stage.epochs, epoch_steps, recipe.warmup)
             set_lr(optimizer, stage.lr * (pace.factor if pace else by_step))
             images = len(x)
             if stage.views:
                 x, y = stage.views(x, y, generator(device, recipe.seed, run.step, 2), splits.train.flip)
+            x, y = parallel.cut(x, y, images)
             run.advance(update(x, y, noise), images)
             average.update(run.stage_step)
             # Not after an epoch's last step: its validation would be lost. The save below follows at once.
@@ -90,7 +96,7 @@ def fit(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, run: Ru
         guard.settle()
         guard.check_alive()
         with average.in_place():
-            metrics = validate(model, stage, splits, recipe, epoch)
+            metrics = validate(model, stage, splits, recipe, epoch, run.share)
             run.end_epoch(epoch, model, metrics, float(optimizer.param_groups[0]["lr"]))
         # Before the save: a resumed run finds the weights that the next epoch starts from.
         if stage.pace and stage.pace(run.accuracies()).back:
@@ -155,13 +161,19 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"].fill_(lr)
 
 
-def validate(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, epoch: int) -> dict[str, float] | None:
-    """Clean and robust accuracy on the validation split, in the fast precision; None in an epoch without validation."""
+def validate(
+    model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, epoch: int, share: Share = ALONE
+) -> dict[str, float] | None:
+    """Clean and robust accuracy on the validation split, in the fast precision; None in an epoch without validation.
+
+    The same in all processes.
+    """
     # A pace counts epochs: it needs them all.
     if not stage.pace and (epoch + 1) % recipe.val_every and epoch + 1 < stage.epochs:
         return None
     if stage.score:
-        return stage.score(model, splits, recipe)
+        scored: dict[str, float] = share.tell_json(stage.score(model, splits, recipe))
+        return scored
     count = partial(
         measure,
         model,
@@ -170,6 +182,7 @@ def validate(model: Classifier, stage: Stage, splits: Splits, recipe: Recipe, ep
         seed=recipe.seed,
         batch_size=4 * recipe.batch_size,
         precision=recipe.precision,
+        share=share,
     )
     found = count(recipe.eval_attack if stage.robust else None)
     metrics = {"clean": found.clean / found.n}

@@ -16,7 +16,9 @@ from fastadv.capture import WARM_UPS, CaptureError
 from fastadv.engine import Fast
 from fastadv.errors import NumericalError, SettingsError
 from fastadv.losses import AttackLoss, Forward, TrainingLoss
+from fastadv.parallel import Parallel
 from fastadv.run import Run
+from fastadv.sharing import ALONE
 from fastadv.threat import ThreatModel
 
 
@@ -35,10 +37,16 @@ class Update:
         threat: ThreatModel,
         optimizer: torch.optim.Optimizer,
         guard: Guard,
+        parallel: Parallel | None = None,
     ) -> None:
         self.loss_of, self.forward, self.attack, self.threat = loss, forward, attack, threat
         self.optimizer, self.guard = optimizer, guard
+        self.parallel = parallel or Parallel(ALONE, nn.Module(), {})
         self.recorder = attack.recordings.recorder
+        if self.recorder is not None and self.parallel.share.size > 1:
+            self.recorder = None
+            reason = f"{self.parallel.share.size} processes add up their gradients in the middle of a step"
+            warnings.warn(f"fastadv: training steps run without capture: {reason}", stacklevel=2)
         self.loss = torch.zeros((), device=guard.device)
         self.broken = torch.zeros((), dtype=torch.bool, device=guard.device)
         """Whether the attack met NaN or infinity."""
@@ -83,7 +91,7 @@ class Update:
         self._step(x, y, attack, self.guard.settle)
 
     def _attacked(self, x: Tensor, y: Tensor, noise: torch.Generator) -> Tensor:
-        adv = self.attack(x, y, self.threat, noise, wait=False)
+        adv = self.attack(x, y, self.parallel.threat(self.threat), noise, wait=False)
         assert self.attack.health is not None
         self.broken |= self.attack.health.bad.any()
         return adv
@@ -95,9 +103,11 @@ class Update:
         loss.backward()
         # Not earlier: the device would have nothing to do while the host waits for the flags of the step before.
         settle()
+        self.guard.check_parts()
+        loss = self.parallel.add_up(loss.detach(), self.broken)
         self.guard.clip_and_flag(loss, self.broken, self.optimizer)
         self.optimizer.step()
-        self.loss.copy_(loss.detach())
+        self.loss.copy_(loss)
 
     def _record(self, x: Tensor, y: Tensor) -> None:
         """Record a step like the ones before, on tensors that stay; where that fails, say so and go on without."""
@@ -127,15 +137,18 @@ class Guard:
         self.host = torch.empty(2, pin_memory=self.device.type == "cuda")
         self.arrived = torch.cuda.Event() if self.device.type == "cuda" else None
 
+    def check_parts(self) -> None:
+        """Raise SettingsError for a parameter without a gradient."""
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if parameter.grad is None:
+                raise SettingsError(f"{name} should learn but is not part of the loss", "check the stage's tuning")
+
     def clip_and_flag(self, loss: Tensor, broken: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Scale the gradients to norm <= clip; if they or the loss are not finite, or ``broken``, void the update.
 
         All on the device, into tensors that stay: this is part of what is recorded.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        if len(grads) < len(self.parameters):
-            unused = next(name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None)
-            raise SettingsError(f"{unused} should learn but is not part of the loss", "check the stage's tuning")
         norms = torch.stack(torch._foreach_norm(grads))
         total = torch.linalg.vector_norm(norms)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, total)

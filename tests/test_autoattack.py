@@ -25,7 +25,7 @@ from fastadv.attacks.square import Square
 from fastadv.attacks.stages import Stage, stages
 from fastadv.attacks.store import card
 from fastadv.attacks.verdicts import CLEAN_WRONG, SURVIVED, Verdicts, export_state
-from fastadv.errors import CheckpointError, DataError, NonFiniteGradientError, NumericalError, SettingsError
+from fastadv.errors import CheckpointError, DataError, Elsewhere, NonFiniteGradientError, SettingsError
 from fastadv.losses import misclassified
 from fastadv.pgd import AttackResult
 from fastadv.threat import ThreatModel
@@ -248,12 +248,20 @@ def test_a_state_folder_belongs_to_one_run(script: list[Scripted], tmp_path: Pat
     for changed, kind, words in (
         (lambda: attack.run(model, X, (y + 1) % 5, BALL, state=folder), CheckpointError, "other images or labels"),
         (lambda: attack.run(model, X * 0.9, y, BALL, state=folder), CheckpointError, "other images or labels"),
-        (lambda: AutoAttack(seed=1).run(model, X, y, BALL, state=folder), SettingsError, "other settings"),
-        (lambda: attack.run(model, X, y, ThreatModel("l2", 0.5), state=folder), SettingsError, "other settings"),
+        (
+            lambda: AutoAttack(mode="parity", seed=1).run(model, X, y, BALL, state=folder),
+            SettingsError,
+            "holds results made with other settings: mode fast, now parity; seed 0, now 1;",
+        ),
+        (
+            lambda: attack.run(model, X, y, ThreatModel("l2", 0.5), state=folder),
+            SettingsError,
+            rf"other settings: eps {BALL.eps}, now 0.5; norm linf, now l2;",
+        ),
     ):
         with pytest.raises(kind, match=words) as caught:
             changed()
-        assert "another folder" in caught.value.fix
+        assert "another folder" in caught.value.fix and f"remove {folder}" in caught.value.fix
     with torch.no_grad():
         model[1].bias[0] += 1e-6
     with pytest.raises(CheckpointError, match="other weights"):
@@ -378,12 +386,17 @@ def test_processes_with_other_images_are_told(tmp_path: Path) -> None:
 
 
 def test_another_process_failing_ends_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastadv.attacks.sharing import Share
+    from fastadv import sharing
 
-    monkeypatch.setattr(Share, "_num_failed", lambda self, failed: 1)
-    with pytest.raises(NumericalError, match="another process"), Share(0, 2).together():
+    def with_a_second_that_failed(flags: Tensor, op: object) -> None:
+        torch.maximum(flags, torch.tensor([0, 5, 1]), out=flags)
+
+    monkeypatch.setattr(sharing.dist, "all_reduce", with_a_second_that_failed)
+    monkeypatch.setattr(sharing, "_device", lambda: "cpu")
+    with pytest.raises(Elsewhere, match="another process") as caught, sharing.Share(0, 2).together():
         pass
-    with pytest.raises(ZeroDivisionError), Share(0, 2).together():
+    assert caught.value.exit_code == 5
+    with pytest.raises(ZeroDivisionError), sharing.Share(0, 2).together():
         raise ZeroDivisionError
 
 

@@ -373,3 +373,16 @@ def test_no_warning_for_an_undamaged_run(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert checkpoint.newest(tmp_path)[2] == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), ('{"classes": ["a"', "cut off"), ("[]", "no classes"), ('{"classes": 3}', "no classes")],
+)
+def test_a_damaged_split_is_named(tmp_path: Path, content: str | None, reason: str) -> None:
+    if content is not None:
+        (tmp_path / "split.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"split\.json cannot be used: .*{reason}"):
+        checkpoint.read_split(tmp_path)
+    (tmp_path / "split.json").write_text('{"classes": ["a", "b"], "val_from": "train"}')
+    assert checkpoint.read_split(tmp_path) == {"classes": ["a", "b"], "val_from": "train"}

@@ -73,6 +73,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--resume", "nowhere"], "no run in nowhere", "recipe.json"),
         (["--strategy", "linear", "--beta", "3"], "beta is 3.0 with loss at", "--loss trades"),
         (["--epochs", "3"], "no strategy given", "--strategy"),
+        (["--stategy", "roli-full"], "unknown option --stategy", "did you mean --strategy?"),
+        (["--strategies=roli-full"], "unknown option --strategies", "did you mean --strategy?"),
     ],
 )
 def test_settings_that_cannot_be_meant_exit_with_2(
@@ -183,6 +185,8 @@ def test_bare_help_lists_every_strategy_with_a_line(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     for name in ("linear", "ranli-full", "roli-full", "pretrain-adversarial"):
         assert any(line.split()[:1] == [name] and len(line.split()) > 4 for line in said.splitlines()), name
+    for flag in ("--out", "--resume", "--preset", "--as-released", "--json", "--debug"):
+        assert flag in said
 
 
 def test_the_help_of_a_strategy_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

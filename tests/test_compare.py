@@ -264,6 +264,10 @@ def test_an_error_of_a_strategys_own_is_a_failed_cell(
         (["--strategies", "roli-ful"], "unknown strategy 'roli-ful'", "did you mean 'roli-full'?"),
         (["--data", "digits"], "no strategies given", "--strategies NAME"),
         (["--strategies"], "--strategies has no value", "--help"),
+        (["--strategies", "linear", "--strategy", "twins"], "--strategy in a comparison", "--strategies NAME"),
+        (["--strategy", "linear"], "unknown option --strategy", "did you mean --strategies?"),
+        (["--strategies", "linear", "--model", "resnet18"], "'robust' are shipped for", "--weights none"),
+        (["--strategies", "linear", "--model", "resnet8", "--weights", "none"], "unknown model 'resnet8'", "resnet18"),
         (["--strategies", "linear", "--seeds", "0"], "--seeds is 0", "1 or more"),
         (["--strategies", "linear", "--seeds", "x"], "--seeds is x", "1 or more"),
         (["--strategies", "linear", "--jobs", "-1"], "--jobs is -1", "1 or more"),
@@ -384,8 +388,12 @@ def test_help_lists_strategies_and_settings(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     for word in ("--strategies", "--seeds", "--jobs", "--page-only", "roli-full", "--train-steps", "--per-class"):
         assert word in said
+    # What the list of settings gives as defaults is not what the digits have.
+    assert "On digits, unless given: --train-steps 2, --step-size 5/255" in said and "--probe-epochs 4" in said
+    assert f"usage: {compare.PROGRAM} --strategies NAME ..." in said
     assert command(compare.main, []) == 0
-    assert "roli-full" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "roli-full" in said and "--json" in said and "--debug" in said
 
 
 def test_data_sets_with_the_same_last_name_are_kept_apart(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def refused(
         (["--data", "digits"], 2, "no weights given", "--weights robust standard"),
         (["--weights", "robus"], 2, "no weights at 'robus'", "--weights robust|standard|none"),
         (["--weights", "none", "--strategies", "linear"], 2, "--strategies is decided here", "leave it out"),
+        (["--weights", "none", "--strategy", "linear"], 2, "--strategy is decided here", "leave it out"),
+        (["--weights", "robust", "--model", "resnet18"], 2, "'robust' are shipped for", "--weights none"),
         (["--weights", "none", "--epoch", "3"], 2, "--epoch", "did you mean --epochs"),
         (["nowhere"], 2, "no comparison in nowhere", "compare.json"),
         (["--resume", "nowhere"], 2, "no comparison in nowhere", "compare.json"),
@@ -113,8 +115,11 @@ def test_what_cannot_be_meant_is_refused(
 def test_help_lists_the_arms_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(inherit.main, ["--help"]) == 0
     said = capsys.readouterr().out
-    for name in (*inherit.ARMS, "--weights", "--probe-epochs", "--eps"):
+    for name in (*inherit.ARMS, "--weights", "--probe-epochs", "--eps", "--json", "--debug"):
         assert name in said
+    # Its own defaults hold on the digits too, all others are those of a comparison.
+    assert "--val-images 100" in said and "--probe-epochs 4" not in said
+    assert f"usage: {inherit.PROGRAM} --weights WEIGHTS ..." in said
 
 
 def test_the_page_shows_numbers_gaps_and_failures(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from analytic import HalfSpace, images
 from torch import nn
 
+from fastadv.attacks.autoattack import AutoAttack
+from fastadv.engine import Fast
 from fastadv.errors import DataError, FastadvError, SettingsError
 from fastadv.pgd import PGD, pgd
 from fastadv.threat import ThreatModel
@@ -166,3 +169,67 @@ def test_another_box_has_its_own_range():
     assert 7.9 < (adv - 255 * X).abs().max() <= 8
     with pytest.raises(DataError, match=r"outside the box \[0, 255\]"):
         pgd(HalfSpace(), 255 * X - 128, Y, threat, step_size=2)
+
+
+@pytest.mark.parametrize("threat", [8 / 255, None])
+@pytest.mark.parametrize("attack", [PGD(), PGD().on(HalfSpace()), AutoAttack()])
+def test_a_threat_that_is_none_is_refused(attack, threat):
+    """All three ways into an attack."""
+    call = attack if isinstance(attack, Fast) else partial(getattr(attack, "run", attack), HalfSpace())
+    with pytest.raises(SettingsError, match=r"threat is .*, no ThreatModel") as refusal:
+        call(X, Y, threat)
+    assert "ThreatModel(" in refusal.value.fix
+
+
+@pytest.mark.parametrize("value", ["2/255", None, [0.1]])
+def test_a_step_size_that_is_no_number_is_refused(value):
+    with pytest.raises(SettingsError, match="step_size is") as refusal:
+        PGD(step_size=value)
+    assert "2/255" in refusal.value.fix
+
+
+class Rounded(nn.Module):
+    """A net in another dtype, which casts its input where asked to."""
+
+    def __init__(self, net, dtype, *, casts):
+        super().__init__()
+        self.net, self.dtype = net.to(dtype), dtype if casts else torch.float32
+
+    def forward(self, x):
+        return self.net(x.to(self.dtype)).float()
+
+
+def nets_of(dtype, *, casts):
+    """A linear and a convolutional one: torch refuses in other words."""
+    torch.manual_seed(0)
+    yield Rounded(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), dtype, casts=casts)
+    yield Rounded(nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()), dtype, casts=casts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_dtype_is_refused_unless_it_casts(dtype):
+    for model in nets_of(dtype, casts=False):
+        ways = (
+            lambda model=model: pgd(model, X, Y, THREAT, steps=1),
+            lambda model=model: PGD(steps=1).on(model, precision="fp32")(X, Y, THREAT),
+            lambda model=model: AutoAttack().run(model, X, Y, THREAT),
+        )
+        for way in ways:
+            with pytest.raises(SettingsError, match=f"weights are {dtype}") as refusal:
+                way()
+            assert "model.float()" in refusal.value.fix
+        assert pgd(model.float(), X, Y, THREAT, steps=1).shape == X.shape
+    for model in nets_of(dtype, casts=True):
+        assert pgd(model, X, Y, THREAT, steps=1).shape == X.shape
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, RuntimeError), (torch.float16, NotImplementedError)])
+def test_another_error_about_types_is_the_models_own(dtype, kind):
+    """With float32 weights, or of a class of its own, as those are that ask for a slower way."""
+
+    class Broken(Rounded):
+        def forward(self, x):
+            raise kind("a type of its own")
+
+    with pytest.raises(kind, match="a type of its own"):
+        pgd(Broken(nn.Linear(2, 2), dtype, casts=True), X, Y, THREAT, steps=1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastadv.attacks.autoattack import AutoAttack
 from fastadv.data import ImageSet
 from fastadv.measure import curve, evaluate, measure, wilson
 from fastadv.pgd import PGD
@@ -74,6 +77,7 @@ def test_the_report_names_its_conditions() -> None:
     assert (report.precision, report.device, report.seed) == ("fp32", "cpu", 3)
     assert report.clean_interval == wilson(7, 8)
     assert report.row()["threat"] == "linf 8/255"
+    assert dataclasses.replace(report, norm="l2", eps=1.0).row()["threat"] == "l2 1"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,18 @@ def test_a_verdict_is_about_every_single_image() -> None:
     assert found.survived.tolist() == [level not in (0, 120, 127, 128, 135) for level in LEVELS.tolist()]
 
 
+def test_an_autoattack_tells_how_far_it_is() -> None:
+    class Sides(Brightness):
+        """Two more classes, of which nothing is: dlr needs three."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x), torch.full((len(x), 2), -50.0)], 1)
+
+    said: list[str] = []
+    evaluate(Sides(), images(), AutoAttack(version="standard"), ThreatModel(eps=0.6), say=said.append)
+    assert any("apgd-ce" in line for line in said)
+
+
 def test_the_curve_falls_where_the_closed_form_does() -> None:
     """An image survives a radius that is smaller than its distance from the boundary; the last radius leaves none."""
     attack = PGD(steps=40, step_size=1, keep="success")
@@ -107,15 +123,16 @@ def test_the_curve_falls_where_the_closed_form_does() -> None:
     assert not found.survived[-1].any()
 
 
-def test_the_curve_of_a_model_that_cannot_be_attacked_ends_with_the_box() -> None:
+@pytest.mark.parametrize(("threat", "widest"), [(ThreatModel(eps=8 / 255), 1.0), (ThreatModel("l2", 1.0), 48**0.5)])
+def test_the_curve_of_a_model_that_cannot_be_attacked_ends_with_the_box(threat: ThreatModel, widest: float) -> None:
     class Constant(Brightness):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 0 + torch.tensor([1.0, 0.0])
 
     right = measure(Constant(), images(), None, ThreatModel()).right
-    found = curve(Constant(), images(), ATTACK, ThreatModel(eps=8 / 255), right=right)
+    found = curve(Constant(), images(), ATTACK, threat, right=right)
     assert right.any()
-    assert found.eps[-1] == 1.0
+    assert found.eps[-1] == pytest.approx(widest)
     assert torch.equal(found.survived[-1], right)
 
 

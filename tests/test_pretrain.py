@@ -249,10 +249,14 @@ def test_what_cannot_be_meant_is_refused_with_exit_code_2(
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, what, _ = refused(capsys, pretrain.main, "--objective", "standard", *FLAGS)
-    assert (code, "WORLD_SIZE is 2" in what) == (2, True)
+def test_processes_that_do_not_find_each_other_are_told_how(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    code, what, fix = refused(capsys, pretrain.main, "--objective", "standard", *FLAGS)
+    assert (code, "MASTER_ADDR" in what, fix) == (2, True, "start them with torchrun")
 
 
 def test_recipes_saved_before_there_were_averages_still_load(tmp_path: Path) -> None:
@@ -270,3 +274,19 @@ def test_trades_pre_trains_too(tmp_path: Path) -> None:
     )
     found = train.train(recipe, tmp_path / "run")
     assert found["reports"][0]["n"] == 400
+
+
+def test_a_run_of_train_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.json").write_text(load_all()["linear"].recipe.to_json())
+    code, what, fix = refused(capsys, pretrain.main, "--resume", tmp_path)
+    assert (code, "is one of" in what) == (2, True)
+    assert fix == f"python -m fastadv.train --resume {tmp_path}"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_a_misspelt_objective_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(pretrain.main, []) == 0
+    said = capsys.readouterr().out
+    assert "--json" in said and "--debug" in said
+    code, what, fix = refused(capsys, pretrain.main, "--objectiv", "standard")
+    assert (code, what, fix) == (2, "unknown option --objectiv", "did you mean --objective?")

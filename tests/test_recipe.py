@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastadv.errors import SettingsError
+from fastadv.errors import CheckpointError, SettingsError
 from fastadv.recipe import Recipe, parse_number, read_recipe, show_pixels
+from fastadv.strategies import load_all
 
 
 def test_a_recipe_round_trips_through_json_with_its_hash(tmp_path: Path) -> None:
@@ -27,6 +28,30 @@ def test_an_unknown_saved_field_is_named(tmp_path: Path) -> None:
         read_recipe(tmp_path / "recipe.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("epochs", None), ("batch_size", True), ("batch_size", 8.0), ("eps", "8/255"), ("lr", [1]), ("augment", 1)),
+        *(("norm", "l3"), ("val_images", "all"), ("data", None), ("beta", {})),
+    ],
+)
+def test_a_saved_value_of_another_kind_is_named(tmp_path: Path, field: str, value: object) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(json.loads(Recipe().to_json()) | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"recipe\.json has .* for {field}, which no run writes"):
+        read_recipe(tmp_path / "recipe.json")
+
+
+def test_what_json_may_hold_for_a_field_is_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"eps": 0, "beta": 3, "per_class": null, "lr": 1, "augment": false}')
+    assert read_recipe(tmp_path / "recipe.json") == Recipe(eps=0, beta=3, per_class=None, lr=1, augment=False)
+
+
+def test_the_recipe_of_every_strategy_is_read_again(tmp_path: Path) -> None:
+    for strategy in load_all().values():
+        (tmp_path / "recipe.json").write_text(strategy.recipe.to_json())
+        assert read_recipe(tmp_path / "recipe.json", type(strategy.recipe)) == strategy.recipe
+
+
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1", 1.0)])
 def test_pixels_are_read_as_the_field_writes_them(text: str, value: float) -> None:
     assert parse_number(text) == value
@@ -39,6 +64,7 @@ def test_a_division_by_zero_is_no_number() -> None:
 
 def test_pixels_are_shown_as_the_field_writes_them() -> None:
     assert [show_pixels(v) for v in (8 / 255, 0.5, 0.0, 1.0)] == ["8/255", "0.5", "0", "255/255"]
+    assert [show_pixels(v, "l2") for v in (1.0, 128 / 255, 0.5)] == ["1", "0.501961", "0.5"]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     tmp_path.chmod(0o755)
     assert done.returncode == 0, done.stderr
-    told = [f"the run folder cannot be written ({name}: Permission denied)" for name in ("new", "run", "run")]
+    told = [f"the folder cannot be written ({name}: Permission denied)" for name in ("new", "run", "run")]
     assert done.stdout.splitlines() == told
 
 

@@ -277,6 +277,81 @@ def test_batch_norm_is_not_folded_where_someone_looks_or_it_trains():
     assert torch.equal(got, want)
 
 
+class PreActivation(BasicBlock):
+    """timm's block with its layers called in another order."""
+
+    def forward(self, x):
+        x = x + self.conv1(self.bn1(x).relu())
+        return x + self.conv2(self.bn2(x).relu())
+
+
+class Shared(nn.Module):
+    """One convolution before two norms, of which a Sequential tells only one."""
+
+    def __init__(self):
+        super().__init__()
+        conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.layers = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU(), conv)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Partial(Shared):
+    """A Sequential of which some layers are called."""
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+class Reader(Shared):
+    """A forward that looks into a norm."""
+
+    def forward(self, x):
+        return self.layers(x) + self.layers[1].bias.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("inner", [lambda: PreActivation(16, 16), Shared, Partial, Reader])
+def test_batch_norm_is_not_folded_where_the_forward_calls_in_another_order(inner):
+    model, x, y = convolutional()
+    model[3] = inner().eval()
+    for module in model[3].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            nn.init.normal_(module.bias)
+    attack = PGD(steps=3, keep="success")
+    want = attack.run(model, x, y, THREAT, generator=seed())
+    fast = attack.on(model, precision="fp32")
+    for _ in range(2):
+        got = fast.run(x, y, THREAT, seed())
+        assert torch.equal(got.success, want.success)
+        assert ((got.adv - want.adv).abs() < 1e-6).float().mean() > 0.99
+    # Also where no gradient is asked for.
+    fast = attack.on(model.eval(), precision="fp32")
+    with torch.no_grad():
+        logits = model(x)
+        with fast.shadow.standing_in():
+            fast.shadow.check_folds(x)
+            torch.testing.assert_close(fast.shadow.forward(x), logits)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_view_that_needs_the_channels_first_gets_them(precision):
+    class Viewer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+            self.head = nn.Linear(3 * 32 * 32, 5)
+
+        def forward(self, x):
+            return self.head(self.convs(x).view(x.size(0), -1))
+
+    model, x, y = Viewer(), torch.rand(4, 3, 32, 32, generator=seed()), torch.arange(4)
+    got = PGD(steps=2).on(model, precision=precision)(x, y, THREAT, seed())
+    want = PGD(steps=2)(model, x, y, THREAT, generator=seed())
+    assert ((got - want).abs() < 1e-6).float().mean() > (0.99 if precision == "fp32" else 0.9)
+
+
 def test_large_maps_go_through_convolutions_with_their_channels_last():
     model, x, y = convolutional()
     layouts = []

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastadv.attacks.adaptive import refuse_nonfinite
 from fastadv.attacks.flags import model_flags, square_flag
-from fastadv.attacks.sharing import Share, shared
 from fastadv.attacks.stages import Stage, Version, stages
 from fastadv.attacks.store import Batch, Store, card
 from fastadv.attacks.verdicts import CLEAN_WRONG, SURVIVED, Verdicts
@@ -29,6 +28,7 @@ from fastadv.losses import margin, misclassified
 from fastadv.passes import Passes, unwrapped
 from fastadv.registry import did_you_mean
 from fastadv.shadow import device_of
+from fastadv.sharing import Share, shared
 from fastadv.threat import ThreatModel
 
 Progress = Callable[[str], None]

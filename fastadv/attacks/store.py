@@ -18,7 +18,7 @@ from fastadv import checkpoint
 from fastadv.errors import CheckpointError, SettingsError
 
 _FILE = "found.safetensors"
-# What a card holds, in words, and what to do when it is another one.
+# What it means when a part of the card is another one.
 _OTHER = {
     "weights": "made with other weights",
     "data": "made on other images or labels",
@@ -56,6 +56,15 @@ def card(model: nn.Module, x: Tensor, y: Tensor, settings: Mapping[str, Any]) ->
     }
 
 
+def _difference(before: str, now: str) -> str:
+    """What differs between two cards' settings, in words: ``seed 0, now 1; eps 0.1, now 0.2``."""
+    old, new = (
+        {name: value for part in json.loads(text).values() for name, value in part.items()} for text in (before, now)
+    )
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} {old.get(name)}, now {new.get(name)}" for name in names)
+
+
 class Store:
     """The folder, or without one nothing: every read finds nothing and every write is dropped."""
 
@@ -85,10 +94,10 @@ class Store:
         for name, words in _OTHER.items():
             if found.get(name) != card[name]:
                 kind = SettingsError if name == "settings" else CheckpointError
-                detail = f" ({found.get(name)})" if name == "settings" else ""
+                detail = f": {_difference(str(found.get(name)), card[name])}" if name == "settings" else ""
                 raise kind(
-                    f"state={self.folder} holds results {words}{detail}",
-                    f"give what it was made with, or another folder: state=Path({str(self.folder) + '-2'!r})",
+                    f"{self.folder} holds results {words}{detail}",
+                    f"give what it was made with, or another folder (state=, or --out), or remove {self.folder}",
                 )
 
     def read(self, stage: str, batch: int, rows: Tensor) -> Batch | None:
