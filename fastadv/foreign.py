@@ -75,16 +75,15 @@ def load(name: str, weights: str | Path, num_classes: int | None = None, image_s
 
     The head is the file's own, and so is the number of classes; ``num_classes`` only asserts it. Where both libraries
     know the name, the one whose layout the file has is taken. Pixel statistics in the file go before the library's.
-    weights: also "robust" and "standard", those shipped for swin_micro_64. Nothing is downloaded.
+    weights: also "robust" and "standard", where they are shipped for the model. Nothing is downloaded.
     image_size: side in pixels of the images, where it is not the model's own.
 
     Raises: SettingsError for an unknown name; CheckpointError for a file that is missing, or one that does not fit,
     with the list.
     """
     plans = _plans(name, image_size)
-    path = Path(weights)
-    if name == models.MICRO and str(weights) in models.SHIPPED:
-        path = models.WEIGHTS / f"{name}_{weights}.safetensors"
+    shipped = name in models.MICROS and str(weights) in models.SHIPPED
+    path = models.weights_file(name, str(weights)) if shipped else Path(weights)
     given, statistics = layouts.unwrapped(weightfile.read(path))
     mean, std = statistics or (None, None)
     # Of a name in both libraries, and of a layout of either, what the file fits best.
@@ -95,7 +94,7 @@ def load(name: str, weights: str | Path, num_classes: int | None = None, image_s
         # In official Swin files and in runs of this package.
         given = {_under(plan.head, key): value for key, value in given.items()}
     if f"{plan.head}.weight" not in given:
-        trainable = name == models.MICRO or name.startswith(models.FAMILIES)
+        trainable = name in models.MICROS or name.startswith(models.FAMILIES)
         raise CheckpointError(
             f"the weights file {path} has no head ({plan.head}.weight)",
             f"train one: python -m fastadv.train --strategy roli-full --model {name} --weights {path}"
@@ -123,29 +122,34 @@ def load(name: str, weights: str | Path, num_classes: int | None = None, image_s
 
 def _plans(name: str, image_size: int | None) -> list[_Plan]:
     """The ways to build ``name``, at least one. Raises SettingsError for an unknown name, with the nearest ones."""
-    if name == models.MICRO:
-        return [_own(image_size)]
+    if name in models.MICROS:
+        return [_own(name, image_size)]
     in_torchvision = torchvision.models.list_models(module=torchvision.models)
     plans = [_timm(name, image_size)] if timm.is_model(name) else []
     plans += [_torchvision(name, image_size)] if name in in_torchvision else []
     if not plans:
-        near = difflib.get_close_matches(name, [models.MICRO, *timm.list_models(), *in_torchvision], n=3)
+        near = difflib.get_close_matches(name, [*models.MICROS, *timm.list_models(), *in_torchvision], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "a name of timm.list_models() or torchvision.models"
         raise SettingsError(f"unknown model {name!r}", hint)
     return plans
 
 
-def _own(image_size: int | None) -> _Plan:
-    """The small Swin of this package."""
-    if image_size not in (None, 64):
-        raise SettingsError(f"image_size is {image_size}, but {models.MICRO} takes 64", "leave it out")
+def _own(name: str, image_size: int | None) -> _Plan:
+    """A small network of this package."""
+    any_size = name != models.MICRO
+    if image_size not in (None, 64) and not any_size:
+        raise SettingsError(f"image_size is {image_size}, but {name} takes 64", "leave it out")
 
     def build(num_classes: int = 2) -> nn.Module:
-        network = models.swin_micro_64()
+        network: Any = models.MICROS[name]()
         network.reset_classifier(num_classes)
-        return network
+        whole: nn.Module = network
+        return whole
 
-    return _Plan(build, "head.fc", _keys(build), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, 64, any_size=False)
+    network: Any = build()
+    head = next(part for part, module in network.named_modules() if module is network.get_classifier())
+    size = image_size or 64
+    return _Plan(build, head, _keys(build), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size, any_size=any_size)
 
 
 def _timm(name: str, image_size: int | None) -> _Plan:
