@@ -322,8 +322,9 @@ def test_a_random_model_is_averaged_over(task) -> None:
     x, y, ball = task.x[:32], task.y[:32], ThreatModel("linf", 0.01)
     counted = Counting(Noisy())
     APGD(steps=3, eot=4).run(counted, x[:1], y[:1], ThreatModel("linf", 1e-6))
-    # Clean, 4 at the start and at each step but the last, which needs no gradient, and the judge.
-    assert counted.passes == 1 + 4 + 2 * 4 + 1 + 1
+    # Clean, two that compare folded batch norms with the model's own, 4 at the start and at each step but the last,
+    # which needs no gradient, and the judge.
+    assert counted.passes == 1 + 2 + 4 + 2 * 4 + 1 + 1
     plain, averaged = (APGD(steps=20, eot=eot).run(task.model, x, y, ball) for eot in (1, 3))
     assert torch.equal(plain.success, averaged.success)
 
