@@ -50,40 +50,55 @@ def command(
         finally:
             # At exit it would be too late to tell a closed pipe quietly.
             sys.stdout.flush()
-    except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else 2
-    except Elsewhere as error:
-        return error.exit_code
+    except (SystemExit, Elsewhere) as error:
+        return exit_code(error)
     except FastadvError as error:
         if debug:
             raise
-        return refuse(error.what, error.fix, error.exit_code)
+        return refuse(error.what, error.fix, exit_code(error))
     except stopping.Stopped as stop:
         print(f"stopped and saved; continue with: {program} --resume {stop.folder}", file=sys.stderr)
-        return stopping.exit_code()
-    except KeyboardInterrupt:
-        return refuse("interrupted before anything was saved", "run the command again", 130)
-    except BrokenPipeError:
+        return exit_code(stop)
+    except KeyboardInterrupt as error:
+        return refuse("interrupted before anything was saved", "run the command again", exit_code(error))
+    except BrokenPipeError as error:
         # The reader of a pipe, such as head, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        return exit_code(error)
     except OSError as error:
         if debug or error.errno not in NOT_WRITTEN:
             raise
         what = f"could not write {error.filename or 'a file of the run'}: {error.strerror}"
-        return refuse(what, "free some space or make it writable, then --resume the run", CheckpointError.exit_code)
+        return refuse(what, "free some space or make it writable, then --resume the run", exit_code(error))
     except Exception as error:
-        if debug or not out_of_memory(error):
+        if debug or not _out_of_memory(error):
             raise
         # Python's own MemoryError says nothing.
         reason = str(error).partition("\n")[0] or type(error).__name__
-        return refuse(f"out of memory ({reason})", "--batch-size half as large", OUT_OF_MEMORY)
+        return refuse(f"out of memory ({reason})", "--batch-size half as large", exit_code(error))
     finally:
         warnings.formatwarning = formatwarning
         stopping.uninstall()
     if as_json and result is not None:
         print(json.dumps(result))
     return 0
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with after ``error``; 1 where that is a fault of ours."""
+    if isinstance(error, FastadvError):
+        return error.exit_code
+    if isinstance(error, stopping.Stopped):
+        return stopping.exit_code()
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED
+    if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+        return CheckpointError.exit_code
+    return OUT_OF_MEMORY if isinstance(error, Exception) and _out_of_memory(error) else 1
 
 
 def pick(argv: Sequence[str], *names: str, switches: Sequence[str] = ()) -> tuple[argparse.Namespace, list[str]]:
@@ -153,8 +168,7 @@ def refuse(what: str, fix: str, code: int) -> int:
     return code
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether ``error`` says that memory ended, on the host or on a device."""
+def _out_of_memory(error: Exception) -> bool:
     # On the CPU torch raises a plain RuntimeError.
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

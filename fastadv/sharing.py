@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastadv import stopping
-from fastadv.errors import CheckpointError, Elsewhere, FastadvError, NumericalError, SettingsError
+from fastadv.cli import exit_code
+from fastadv.errors import Elsewhere, NumericalError, SettingsError
 
 # The others wait while the first writes files and draws pictures; a process that died ends the wait at once.
 PATIENCE = timedelta(hours=6)
@@ -62,7 +62,7 @@ class Share:
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process ends with ``error``. Raises Elsewhere if one before it failed as well."""
         if self.size > 1 and self.speaker is None:
-            self._meet(0, _exit_code(error))
+            self._meet(0, exit_code(error))
 
     def _meet(self, asks: int, code: int) -> int:
         if self.size == 1:
@@ -205,25 +205,6 @@ def _quiet(*, unless: bool) -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _exit_code(error: BaseException) -> int:
-    """What the command line ends with after ``error``."""
-    from fastadv import cli
-
-    if isinstance(error, FastadvError):
-        return error.exit_code
-    if isinstance(error, stopping.Stopped):
-        return stopping.exit_code()
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 2
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, BrokenPipeError):
-        return cli.PIPE_CLOSED
-    if isinstance(error, OSError) and error.errno in cli.NOT_WRITTEN:
-        return CheckpointError.exit_code
-    return cli.OUT_OF_MEMORY if isinstance(error, Exception) and cli.out_of_memory(error) else 1
 
 
 def _device() -> torch.device:

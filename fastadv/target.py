@@ -143,10 +143,13 @@ def sample(images: ImageSet, count: int | None) -> ImageSet:
 
     The first ones would be those of the first classes where a set lists its images class by class.
     """
+    if count is None or count >= len(images):
+        # No copy: a set may fill half of the memory.
+        return images
     rows = sample_rows(len(images), count)
     return dataclasses.replace(images, images=images.images[rows], labels=images.labels[rows])
 
 
-def sample_rows(n: int, count: int | None) -> Tensor:
+def sample_rows(n: int, count: int) -> Tensor:
     """The places of the images that :func:`sample` takes of ``n``, int64, ascending."""
     return torch.randperm(n, generator=generator("cpu", 0))[:count].sort().values

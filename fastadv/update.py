@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,8 @@ class Guard:
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, total)
         bad = ~(loss.detach().isfinite() & total.isfinite()) | broken
         # Not in torch's annotations, but how its GradScaler tells a fused optimizer to skip an update.
-        optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, bad.float()
         torch.maximum(self.largest, norms, out=self.largest)
         torch.stack([bad.float(), loss.detach().float()], out=self.flags)
 

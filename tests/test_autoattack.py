@@ -236,13 +236,14 @@ def test_an_interrupted_run_goes_on(script: list[Scripted], tmp_path: Path, part
     assert torch.equal(third.adv, whole.adv) and third.seconds == again.seconds
 
 
-def test_a_state_folder_belongs_to_one_run(script: list[Scripted], tmp_path: Path) -> None:
+def test_a_state_folder_belongs_to_one_run(
+    script: list[Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = nn.Sequential(Affine(), nn.Linear(5, 5))
     attack, folder = AutoAttack(), tmp_path / "a" / "b"
     y = model(X).argmax(1)
-    # What an ensemble calls is replaced on purpose, also where a method is declared.
-    script[0].run = lambda *_, index, **__: AttackResult(X[index], index < 0, index)  # type: ignore[method-assign]
-    script[1].run = script[2].run = script[0].run  # type: ignore[method-assign]
+    for stage in script:
+        monkeypatch.setattr(stage, "run", lambda *_, index, **__: AttackResult(X[index], index < 0, index))
     attack.run(model, X, y, BALL, state=folder)
     attack.run(model, X, y, BALL, state=folder)
     for changed, kind, words in (

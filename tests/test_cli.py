@@ -72,6 +72,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--strategy", "linear", "--device", "meta"], "device is 'meta'", "--device cpu"),
         (["--resume", "nowhere"], "no run in nowhere", "recipe.json"),
         (["--strategy", "linear", "--beta", "3"], "beta is 3.0 with loss at", "--loss trades"),
+        (["--strategy", "linear", "--norm", "l2"], "norm is l2 without a radius", "--eps 0.5"),
+        # Told before there is a run folder.
+        (
+            ["--strategy", "ranli-prompt", "--model", "resnet_micro_64", "--weights", "none"],
+            "resnet_micro_64 has no transformer blocks",
+            "--model with a Swin or ViT",
+        ),
         (["--epochs", "3"], "no strategy given", "--strategy"),
         (["--stategy", "roli-full"], "unknown option --stategy", "did you mean --strategy?"),
         (["--strategies=roli-full"], "unknown option --strategies", "did you mean --strategy?"),
@@ -86,6 +93,22 @@ def test_settings_that_cannot_be_meant_exit_with_2(
     assert error in what
     assert fix in cure
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_do_not_reach_the_radius_are_told() -> None:
+    splits = assemble.splits(Recipe(data="digits", per_class=3, val_images=10))
+    said = [
+        line
+        for eps in (8 / 255, 16 / 255, 32 / 255)
+        for line in train.describe(Recipe(data="digits", eps=eps), splits, "cpu")
+        if "of the radius" in line
+    ]
+    # Seven steps of 2/255 in training, ten in the test.
+    assert said == [
+        "the training attack's steps reach 88% of the radius: --step-size is small",
+        "the training attack's steps reach 44% of the radius: --step-size is small",
+        "the test attack's steps reach 62% of the radius: --eval-step-size is small",
+    ]
 
 
 def test_data_that_cannot_be_used_exit_with_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -23,8 +23,13 @@ def clean_linear(recipe: Recipe) -> Iterator[Stage]:
 @strategy("clean-full", source="arXiv:2401.15248")
 def clean_full(recipe: Recipe) -> Iterator[Stage]:
     """Fine-tunes everything on clean images, from a small head; --loss has no meaning here."""
-    yield Stage(
-        name="finetune",
+    yield everything(recipe, "finetune")
+
+
+def everything(recipe: Recipe, name: str, ema: float = 0.0) -> Stage:
+    """The stage of that name that trains the whole model on clean images, from a small head."""
+    return Stage(
+        name=name,
         tuning=full,
         loss=partial(clean_ce, label_smoothing=recipe.label_smoothing),
         epochs=recipe.epochs,
@@ -33,4 +38,5 @@ def clean_full(recipe: Recipe) -> Iterator[Stage]:
         optimizer=recipe.optimizer,
         head=small,
         robust=False,
+        ema=ema,
     )

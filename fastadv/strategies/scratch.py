@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 from fastadv.heads import small
-from fastadv.losses import clean_ce, training_loss
+from fastadv.losses import training_loss
 from fastadv.pgd import PGD
 from fastadv.pretraining import AdversarialRecipe, PretrainRecipe, one_step, wide_noise
 from fastadv.recipe import Recipe
 from fastadv.strategies import Stage, refuse_changes, strategy
+from fastadv.strategies.clean import everything
 from fastadv.tuning import full
 
 # Single-step adversarial training with random start: steps of 1.25 eps (arXiv:2001.03994, section 4). Tiny-ImageNet's
@@ -58,15 +59,4 @@ def pretrain_standard(recipe: Recipe) -> Iterator[Stage]:
     """Train everything from scratch on clean images."""
     assert isinstance(recipe, PretrainRecipe)
     refuse_changes(recipe, "loss", "beta")
-    yield Stage(
-        name="standard",
-        tuning=full,
-        loss=partial(clean_ce, label_smoothing=recipe.label_smoothing),
-        epochs=recipe.epochs,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        optimizer=recipe.optimizer,
-        head=small,
-        robust=False,
-        ema=recipe.ema,
-    )
+    yield everything(recipe, "standard", recipe.ema)

@@ -102,14 +102,15 @@ def prompt(model: Classifier, *, num_tokens: int = 10, dropout: float = 0.1) -> 
     ]
     if not blocks:
         raise SettingsError(f"{model.name} has no transformer blocks to prompt", "--model with a Swin or ViT")
-    patch: nn.Conv2d = model.backbone.get_submodule("patch_embed.proj")  # type: ignore[assignment]  # in both families
+    # To mypy a backbone is any module; Swin and ViT have these parts.
+    backbone: Any = model.backbone
+    patch: nn.Conv2d = backbone.patch_embed.proj
     # The published code's bound, the same for every block: Glorot's over a patch and the first width.
     bound = math.sqrt(6 / (patch.weight[0].numel() + patch.out_channels))
     added: list[nn.Module] = []
     for name, block in blocks:
         if isinstance(block, Block):
-            prefix: int = model.backbone.num_prefix_tokens  # type: ignore[assignment]  # an int of timm's ViT
-            prompted: nn.Module = PromptedVitBlock(block, prefix, num_tokens, bound, dropout)
+            prompted: nn.Module = PromptedVitBlock(block, backbone.num_prefix_tokens, num_tokens, bound, dropout)
         else:
             if any(side % window for side, window in zip(block.input_resolution, block.window_size, strict=True)):
                 raise SettingsError(
