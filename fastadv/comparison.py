@@ -12,15 +12,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastadv import __version__
+from fastadv.comparison_rates import best_rate
 from fastadv.errors import CheckpointError, SettingsError
 from fastadv.recipe import Recipe, read_recipe, read_settings
 from fastadv.strategies import load_all
 
 FORMAT = 1
 FILE = "compare.json"
+
+# Of fine-tuning: one of several to choose from, the one chosen of them, or the recipe's own.
+Rate = float | Literal["chosen"] | None
 
 # What a recipe becomes on the built-in digits, on every machine the same: a cell takes a minute or less on two cores.
 DIGITS: dict[str, Any] = {
@@ -43,11 +47,12 @@ class Cell:
     """As the recipe has it, a path made absolute."""
     weights: str
     seed: int
+    lr: Rate = None
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> tuple[str, str, str, int, Rate]:
         """What makes it the only one of its kind."""
-        return self.strategy, self.data, self.weights, self.seed
+        return self.strategy, self.data, self.weights, self.seed, self.lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +71,23 @@ class Comparison:
 
     def recipe(self, cell: Cell) -> Recipe:
         """The cell's recipe: its strategy's own, on the digits a smaller one, and over both what flags have set."""
-        return cell_recipe(cell, self.settings)
+        recipe = cell_recipe(cell, self.settings)
+        rate = self.chosen_rate(cell) if cell.lr == "chosen" else None
+        return recipe if rate is None else dataclasses.replace(recipe, lr=rate)
+
+    def candidates(self, cell: Cell) -> list[Cell]:
+        """The cells among which the learning rate of ``cell`` is chosen: those of the first seed that has several."""
+        found = [other for other in self.cells if other.key[:3] == cell.key[:3] and isinstance(other.lr, float)]
+        return [other for other in found if other.seed == found[0].seed]
+
+    def chosen_rate(self, cell: Cell) -> float | None:
+        """The learning rate chosen for ``cell`` so far; None where none of its candidates is finished."""
+        return best_rate({other.lr: self.path(other) for other in self.candidates(cell) if isinstance(other.lr, float)})
 
     def name(self, cell: Cell) -> str:
-        """The name of the cell's folder: ``roli-full-digits-robust-s0``."""
-        return f"{cell.strategy}-{self.data_names[cell.data]}-{self.weights_names[cell.weights]}-s{cell.seed}"
+        """The name of the cell's folder: ``roli-full-digits-robust-s0``, one of several rates ``...-s0-lr0.001``."""
+        rate = f"-lr{cell.lr:g}" if isinstance(cell.lr, float) else ""
+        return f"{cell.strategy}-{self.data_names[cell.data]}-{self.weights_names[cell.weights]}-s{cell.seed}{rate}"
 
     def path(self, cell: Cell) -> Path:
         """The cell's run folder."""
@@ -107,7 +124,8 @@ class Comparison:
 def cell_recipe(cell: Cell, settings: Mapping[str, Any]) -> Recipe:
     """See `Comparison.recipe`. Raises SettingsError for an unknown strategy."""
     smaller = DIGITS if cell.data == "digits" else {}
-    given = {**smaller, **settings, "data": cell.data, "weights": cell.weights, "seed": cell.seed}
+    rate = {"lr": cell.lr} if isinstance(cell.lr, float) else {}
+    given = {**smaller, **settings, **rate, "data": cell.data, "weights": cell.weights, "seed": cell.seed}
     return dataclasses.replace(load_all()[cell.strategy].recipe, strategy=cell.strategy, **given)
 
 
@@ -122,7 +140,10 @@ def read(folder: Path) -> Comparison:
             f"{path} has format {saved.get('format')}, this version reads {FORMAT}", "--out OTHER starts a new one"
         )
     try:
-        cells = tuple(Cell(strategy=s, data=d, weights=w, seed=n) for s, d, w, n in saved["cells"])
+        # Cells had no learning rate of their own at first.
+        cells = tuple(
+            Cell(strategy=s, data=d, weights=w, seed=n, lr=lr[0] if lr else None) for s, d, w, n, *lr in saved["cells"]
+        )
         return Comparison(
             folder=folder, cells=cells, settings=dict(saved["settings"]), commands=tuple(saved["commands"])
         )

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from fastadv import assemble, checkpoint, stopping
 from fastadv.comparison import Cell, Comparison, check_recipe, write_whole
 from fastadv.comparison_probe import begin_behind, finished_stage, first_stage_key, stages
-from fastadv.errors import FastadvError
+from fastadv.comparison_rates import is_finished
+from fastadv.errors import FastadvError, SettingsError
 from fastadv.measure import measure
 
 FAILURE, FACTS, OUTPUT = "failure.json", "cell.json", "output.txt"
@@ -27,14 +28,6 @@ class Failure(NamedTuple):
 
     reason: str
     exit_code: int
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` has its result."""
-    try:
-        return bool(json.loads((folder / "report.json").read_text())["reports"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def failure(folder: Path) -> Failure | None:
@@ -52,6 +45,7 @@ def run_cell(whole: Comparison, cell: Cell) -> Failure | None:
     try:
         from fastadv.train import train
 
+        check_rate(whole, cell)
         check_recipe(whole, cell)
         folder.mkdir(parents=True, exist_ok=True)
         # Of an earlier attempt: this one may be killed before it can say why it failed.
@@ -72,6 +66,16 @@ def run_cell(whole: Comparison, cell: Cell) -> Failure | None:
         traceback.print_exc()
         said = str(error).partition("\n")[0]
         return _failed(folder, f"{type(error).__name__}: {said}" if said else type(error).__name__, 1)
+
+
+def check_rate(whole: Comparison, cell: Cell) -> None:
+    """Raise SettingsError where the cell's learning rate cannot be chosen yet."""
+    if cell.lr == "chosen":
+        candidates = [(whole.name(other), whole.path(other)) for other in whole.candidates(cell)]
+        untried = [name for name, path in candidates if not is_finished(path) and failure(path) is None]
+        if untried or whole.chosen_rate(cell) is None:
+            names = ", ".join(untried or [name for name, _ in candidates])
+            raise SettingsError("its learning rate is not chosen", f"first a result of {names}")
 
 
 def facts(whole: Comparison, cell: Cell) -> dict[str, Any]:
@@ -154,6 +158,8 @@ def _key(whole: Comparison, cell: Cell) -> tuple[Any, ...] | None:
 
 def _startable(whole: Comparison, waiting: Sequence[Cell], running: Sequence[Cell]) -> Cell | None:
     for cell in waiting:
+        if cell.lr == "chosen" and any(other in running or other in waiting for other in whole.candidates(cell)):
+            continue
         busy = [other for other in _kin(whole, cell) if other in running]
         begun = (whole.path(cell) / "split.json").exists()
         if begun or not busy or any(finished_stage(whole.path(other)) for other in busy):

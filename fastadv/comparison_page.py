@@ -121,6 +121,7 @@ def _numbers(whole: Comparison, found: Sequence[Group]) -> list[Block]:
         return []
     return [
         *blocks,
+        'lr: of the last stage; "of 3": the one of three with the best robust validation accuracy at the first seed. '
         "encoder, all: parameters that learn in the last stage, in the backbone and with the head. epochs: of every "
         "stage. seconds: of training with its validation, a mean over seeds.",
     ]
@@ -151,11 +152,13 @@ def _settings(whole: Comparison) -> list[Block]:
     """What differs from the strategies' own recipes, and the recipes themselves."""
     known, rows = load_all(), dict[tuple[str, str, str], None]()
     recipes = {cell.strategy: whole.recipe(cell) for cell in whole}
+    # The table of numbers has the rate that each was given.
+    searched = {cell.strategy for cell in whole if cell.lr}
     for name, recipe in recipes.items():
         own = known[name].recipe
         for field in dataclasses.fields(recipe):
             here, there = (_show(field.name, one) for one in (recipe, own))
-            if field.name not in OWN and here != there:
+            if field.name not in OWN and here != there and not (field.name == "lr" and name in searched):
                 rows[field.name, here, there] = None
     blocks: list[Block] = []
     if rows:
@@ -171,6 +174,18 @@ def _show(name: str, recipe: Recipe) -> str:
     return show_pixels(value, recipe.norm) if name == "eps" or name.endswith("step_size") else str(value)
 
 
+def _rates(found: Sequence[Group]) -> str:
+    """How far the differences may be ones of learning rates."""
+    alone = list(dict.fromkeys(group.strategy for group in found if group.rows and group.rates == 1))
+    if not alone:
+        return "Learning rates were chosen from few, on one seed, by one validation split."
+    which = "each strategy" if all(group.rates == 1 for group in found) else ", ".join(alone)
+    return (
+        f"No learning rate was chosen for {which}: one ran, its own or the one that a flag gave to all. A difference "
+        "may be one of learning rates, and counts as undertrained until they are chosen (--lrs)."
+    )
+
+
 def _limits(
     whole: Comparison, results: Sequence[Result], panels: Sequence[Panel], classes: dict[str, int]
 ) -> list[str]:
@@ -178,8 +193,7 @@ def _limits(
     limits = [
         f"{len(seeds)} {'seed says' if len(seeds) == 1 else 'seeds say'} little about the spread over seeds, and the "
         "spread says nothing about other data.",
-        "No learning rate was chosen here: each strategy ran with one, its own or the one that a flag gave to all. A "
-        "difference may be one of learning rates.",
+        _rates([group for panel in panels for group in panel.groups]),
         "RoLI and the other strategies with a probe train for more epochs than RanLI does; the column epochs says how "
         "many. A probe that several strategies share is trained once, and its seconds count in each of them.",
         "PGD alone tends to overstate robustness: python -m fastadv.evaluate with --attack autoattack takes the "

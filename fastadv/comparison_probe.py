@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadv import checkpoint
+from fastadv.assemble import saved_recipe
 from fastadv.errors import CheckpointError
 from fastadv.recipe import Recipe
 from fastadv.run import KEPT
@@ -64,7 +65,7 @@ def begin_behind(folder: Path, recipe: Recipe, sources: Iterable[Path]) -> Path 
     """
     for source in sources:
         found = finished_stage(source)
-        theirs = stages(_saved(source)) if found else []
+        theirs = stages(saved_recipe(source)) if found else []
         if not found or not found["history"]:
             continue
         try:
@@ -83,12 +84,6 @@ def begin_behind(folder: Path, recipe: Recipe, sources: Iterable[Path]) -> Path 
         (folder / "split.json").write_bytes((source / "split.json").read_bytes())
         return source
     return None
-
-
-def _saved(folder: Path) -> Recipe:
-    from fastadv.assemble import saved_recipe
-
-    return saved_recipe(folder)
 
 
 def _best(all_stages: list[Stage]) -> str:

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fastadv import __version__, checkpoint
+from fastadv.assemble import saved_recipe
 from fastadv.comparison import Cell, Comparison, write_whole
-from fastadv.comparison_cells import facts, failure, is_finished
+from fastadv.comparison_cells import facts, failure
+from fastadv.comparison_probe import stages
+from fastadv.comparison_rates import best_validated, epochs_of, is_finished
 from fastadv.errors import SettingsError
 
 FILE = "results.csv"
@@ -27,6 +30,13 @@ class Row:
     data: str
     weights: str
     seed: int
+    lr: float | None = None
+    """Peak learning rate of the last stage."""
+    chosen: bool = True
+    """False for a learning rate among several that was not chosen: such rows are in no mean."""
+    val_clean: float | None = None
+    val_robust: float | None = None
+    """Validation accuracies of the last stage's best epoch, by which the rate is chosen."""
     n: int | None = None
     clean: float | None = None
     clean_low: float | None = None
@@ -77,6 +87,8 @@ class Group:
     weights: str
     rows: Sequence[Row]
     failures: Sequence[str] = ()
+    rates: int = 1
+    """From how many learning rates the one of ``rows`` was chosen."""
 
     def mean(self, name: str) -> float:
         """The mean over seeds of a number."""
@@ -99,6 +111,8 @@ def collect(whole: Comparison) -> list[Result]:
 def result(whole: Comparison, cell: Cell) -> Result:
     """What the cell has found so far."""
     folder, known = whole.path(cell), asdict(cell)
+    if cell.lr == "chosen":
+        known["lr"] = whole.chosen_rate(cell)
     if not is_finished(folder):
         failed = failure(folder)
         sha = whole.recipe(cell).sha256
@@ -107,13 +121,17 @@ def result(whole: Comparison, cell: Cell) -> Result:
     saved = json.loads((folder / "report.json").read_text())
     found, environment = saved["reports"][0], saved["environment"]
     history = epochs_of(folder)
-    stages = list(dict.fromkeys(row["stage_index"] for row in history))
+    numbers = list(dict.fromkeys(row["stage_index"] for row in history))
+    recipe, validated = saved_recipe(folder), best_validated(folder) or (None, None)
+    known |= {"lr": stages(recipe)[-1].lr, "val_robust": validated[0], "val_clean": validated[1]}
+    # Not so either where a rate that joined later is better than the one a further seed had.
+    known["chosen"] = cell.lr is None or recipe.lr == whole.chosen_rate(cell)
     row = Row(
         **known,
         **{name: found[name] for name in ("n", "clean", "robust", "norm", "eps", "attack", "device")},
         **{f"{name}_{end}": found[f"{name}_interval"][place] for name, end, place in _ENDS},
         **facts(whole, cell),
-        epochs="+".join(str(sum(row["stage_index"] == stage for row in history)) for stage in stages),
+        epochs="+".join(str(sum(row["stage_index"] == stage for row in history)) for stage in numbers),
         train_seconds=sum(row["seconds"] for row in history),
         eval_seconds=found["seconds"],
         version=environment["fastadv"],
@@ -125,17 +143,6 @@ def result(whole: Comparison, cell: Cell) -> Result:
 _ENDS = [(name, end, place) for name in ("clean", "robust") for place, end in enumerate(("low", "high"))]
 
 
-def epochs_of(folder: Path) -> list[dict[str, Any]]:
-    """The epochs that the newest checkpoint of a run remembers; nothing where none can be read."""
-    for path in reversed(checkpoint.steps(folder)):
-        try:
-            history: list[dict[str, Any]] = json.loads((path / checkpoint.MANIFEST).read_text())["meta"]["history"]
-            return history
-        except (OSError, ValueError, KeyError):
-            continue
-    return []
-
-
 def num_classes(whole: Comparison) -> dict[str, int]:
     """How many classes every data set has of which a cell has begun."""
     begun = {cell.data: path for cell in whole if ((path := whole.path(cell)) / "split.json").exists()}
@@ -143,7 +150,7 @@ def num_classes(whole: Comparison) -> dict[str, int]:
 
 
 def groups(results: Sequence[Result]) -> list[Group]:
-    """The cells with a row, by strategy, data and weights, in the order in which they appear."""
+    """The cells with a row, by strategy, data and weights, in the order in which they appear; of each its best rate."""
     keys = dict.fromkeys(result.cell.key[:3] for result in results if result.row)
     found = []
     for strategy, data, weights in keys:
@@ -153,8 +160,9 @@ def groups(results: Sequence[Result]) -> list[Group]:
                 strategy=strategy,
                 data=data,
                 weights=weights,
-                rows=[row for row in rows if not row.failure],
+                rows=[row for row in rows if row.chosen and not row.failure],
                 failures=[row.failure for row in rows if row.failure],
+                rates=len({row.lr for row in rows}),
             )
         )
     return found
@@ -169,12 +177,13 @@ def table_rows(whole: Comparison, found: Sequence[Group]) -> list[dict[str, str]
             "data": whole.data_names[group.data],
             "weights": whole.weights_names[group.weights],
             "seeds": str(len(group.rows)),
-            **dict.fromkeys(("clean %", "robust %", "encoder", "all", "epochs", "seconds"), "-"),
+            **dict.fromkeys(("clean %", "robust %", "lr", "encoder", "all", "epochs", "seconds"), "-"),
         }
         if group.rows:
             first = group.rows[0]
             row |= {"clean %": _mean(group, "clean"), "robust %": _mean(group, "robust"), "epochs": first.epochs}
             row |= {"encoder": f"{first.trainable_encoder:,}", "all": f"{first.trainable_all:,}"}
+            row["lr"] = f"{first.lr:g} of {group.rates}" if group.rates > 1 else f"{first.lr:g}"
             row["seconds"] = f"{group.mean('train_seconds'):,.0f}"
         rows.append(row)
     return rows

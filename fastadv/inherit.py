@@ -55,11 +55,11 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     if not argv or {"-h", "--help"} & set(argv):
         _list(settings=bool(argv))
         return None
-    from fastadv import compare, comparison
+    from fastadv import compare, comparison, comparison_plan
     from fastadv.runfolder import RunLock, run_folder
 
     goes_on = not argv[0].startswith("-") or "--page-only" in argv or any(a.startswith("--resume") for a in argv)
-    asked = compare.take_apart(argv if goes_on else _completed(argv))
+    asked = comparison_plan.take_apart(argv if goes_on else _completed(argv))
     if asked.only:
         raise SettingsError("--only is for comparisons", f"{PROGRAM} --resume {asked.out}")
     if asked.page_only or asked.resume:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         if asked.page_only:
             return finish(whole)
     else:
-        cells, settings = compare.plan(asked)
+        cells, settings = comparison_plan.plan(asked)
         whole = comparison.begin(asked.out, cells, settings, shlex.join(("python", "-m", "fastadv.inherit", *argv)))
     run_folder(asked.out, resume=asked.out.is_dir())
     with RunLock(asked.out):

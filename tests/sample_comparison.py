@@ -50,7 +50,7 @@ def result(cell: Cell, clean: int, robust: int, n: int = 10_000, **changes: Any)
         **{"clean": clean / n, "clean_low": clean_low, "clean_high": clean_high},
         **{"robust": robust / n, "robust_low": robust_low, "robust_high": robust_high},
         **{"norm": "linf", "eps": 8 / 255, "attack": "PGD-10", "device": "cpu", "version": __version__},
-        **{"trainable_encoder": 770_048, "trainable_all": 780_298, "epochs": "2+3", "train_seconds": 50.0},
+        **{"lr": 5e-4, "trainable_encoder": 770_048, "trainable_all": 780_298, "epochs": "2+3", "train_seconds": 50.0},
         **{"probe_clean": 0.8 if cell.strategy.startswith("lp-") else None},
     }
     epochs = history(cell.strategy, clean / n, robust / n)

@@ -271,6 +271,12 @@ def test_an_error_of_a_strategys_own_is_a_failed_cell(
         (["--strategies", "linear", "--seeds", "0"], "--seeds is 0", "1 or more"),
         (["--strategies", "linear", "--seeds", "x"], "--seeds is x", "1 or more"),
         (["--strategies", "linear", "--jobs", "-1"], "--jobs is -1", "1 or more"),
+        (["--strategies", "roli-full", "--lrs", "1e-3"], "--lrs is 1e-3", "two or more"),
+        (["--strategies", "roli-full", "--lrs", "1e-3", "0"], "--lrs is 1e-3 0", "two or more"),
+        (["--strategies", "roli-full", "--lrs", "1e-3", "inf"], "--lrs is 1e-3 inf", "two or more"),
+        (["--strategies", "roli-full", "--lrs", "1e-3", "fast"], "--lrs is 1e-3 fast", "two or more"),
+        (["--strategies", "roli-full", "--lrs", "1", "2", "--lr", "3"], "--lr beside --lrs", "among the others"),
+        (["nowhere", "--lrs", "1", "2"], "has a folder and settings", "alone"),
         (["--strategies", "linear", "--lrr", "1"], "Unrecognized options: --lrr", "did you mean --lr"),
         (["--strategies", "linear", "--eps", "8"], "eps is 8", "did you mean 8/255?"),
         (["--strategies", "linear", "--data", "digit"], "digit", "did you mean digits?"),
@@ -335,6 +341,107 @@ def test_further_cells_join_those_that_are_there(
     assert [command.split()[4] for command in commands] == ["linear", "roli-bias", "linear"]
 
 
+def rates(images: Path, folder: Path, *lrs: str, seeds: int = 1) -> list[str]:
+    return [*asked(images, folder, "linear", "ranli-bias", seeds=seeds), "--lrs", *lrs]
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Cells are not run; the nearer their rate is to 0.02, the better they validate. Gives names and rates."""
+    found: list[tuple[str, float]] = []
+
+    def run_cell(whole: Comparison, cell: Cell) -> Failure | None:
+        comparison_cells.check_rate(whole, cell)
+        lr = whole.recipe(cell).lr
+        found.append((whole.name(cell), lr))
+        if lr > 1:
+            whole.path(cell).mkdir(parents=True)
+            return comparison_cells._failed(whole.path(cell), "the loss is not a number", 5)
+        # Clean accuracy falls where robust accuracy rises: the latter decides.
+        far = round(300 * abs(lr - 0.02))
+        pretend(whole, cell, clean=far, robust=9 - far)
+        return None
+
+    monkeypatch.setattr(comparison_cells, "run_cell", run_cell)
+    return found
+
+
+def test_a_learning_rate_is_chosen_at_the_first_seed_and_serves_the_others(
+    images: Path, tmp_path: Path, tried: list[tuple[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, bias, linear = tmp_path / "grid", "ranli-bias-shades-none", "linear-shades-none"
+    assert command(compare.main, rates(images, folder, "0.01", "0.02", "0.03", seeds=2)) == 0
+    lrs = [(f"{bias}-s0-lr{lr:g}", lr) for lr in (0.01, 0.02, 0.03)]
+    own = Recipe().lr
+    # A probe alone has no rate of fine-tuning.
+    assert tried == [(f"{linear}-s0", own), *lrs, (f"{linear}-s1", own), (f"{bias}-s1", 0.02)]
+    table = [(row["seed"], row["lr"], row["chosen"], row["val_robust"]) for row in rows(folder)][1:]
+    robust = [str(6 / 12), str(9 / 12), str(6 / 12)]
+    assert table[:3] == [
+        ("0", lr, str(lr == "0.02"), r) for lr, r in zip(("0.01", "0.02", "0.03"), robust, strict=True)
+    ]
+    assert table[4] == ("1", "0.02", "True", "0.75")
+    said = capsys.readouterr().out
+    assert "0.02 of 3" in said and "75.0 +- 0.0" in said
+    page = (folder / "compare.html").read_text()
+    assert "0.02 of 3" in page and "No learning rate was chosen for linear:" in page
+    # It is all there: nothing runs again, and the saved comparison reads the same.
+    del tried[:]
+    assert command(compare.main, ["--resume", str(folder)]) == 0
+    assert tried == []
+
+
+def test_a_better_rate_that_comes_later_leaves_seeds_with_another_out_of_the_mean(
+    images: Path, tmp_path: Path, tried: list[tuple[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "grid"
+    assert command(compare.main, rates(images, folder, "0.01", "0.03", seeds=2)) == 0
+    # Two that validate alike: the first.
+    assert tried[-1] == ("ranli-bias-shades-none-s1", 0.01)
+    assert command(compare.main, rates(images, folder, "0.01", "0.02")) == 0
+    chosen = [(row["seed"], row["lr"]) for row in rows(folder) if row["chosen"] == "True"]
+    assert chosen == [("0", "0.03"), ("1", "0.03"), ("0", "0.02")]
+    # Its own run is not thrown away without a word.
+    code, what, cure = refused(capsys, *rates(images, folder, "0.01", "0.02", seeds=2))
+    assert (code, "lr was 0.01 when" in what, "--out OTHER" in cure) == (2, True, True), what
+
+
+def test_a_rate_that_fails_is_not_chosen(
+    images: Path, tmp_path: Path, tried: list[tuple[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "grid"
+    assert command(compare.main, rates(images, folder, "2", "0.03", seeds=2)) == 5
+    assert "1 of 5 cells failed" in capsys.readouterr().err
+    assert tried[-1] == ("ranli-bias-shades-none-s1", 0.03)
+    assert [(row["lr"], row["failure"] != "") for row in rows(folder)][1:3] == [("2.0", True), ("0.03", False)]
+
+
+def test_a_cell_waits_for_the_rate_it_is_given(tmp_path: Path) -> None:
+    def cell(seed: int, lr: Any) -> Cell:
+        return Cell(strategy="ranli-bias", data="digits", weights="none", seed=seed, lr=lr)
+
+    low, high, later = cell(0, 0.01), cell(0, 0.02), cell(1, "chosen")
+    whole = Comparison(folder=tmp_path, cells=(low, high, later), settings={})
+    startable = partial(comparison_cells._startable, whole)
+    assert startable([later, low], []) == low
+    assert startable([later], [low]) is None
+    for missing in (f"{whole.name(low)}, {whole.name(high)}", whole.name(high)):
+        found = comparison_cells.run_cell(whole, later)
+        assert found and found.reason.startswith("its learning rate is not chosen") and missing in found.reason
+        if missing != whole.name(high):
+            pretend(whole, low)
+    pretend(whole, high, robust=7)
+    assert startable([later], []) == later
+    assert whole.recipe(later).lr == 0.02
+    # Written down and read again.
+    whole.save()
+    assert comparison.read(tmp_path).cells == whole.cells
+    old = json.loads((tmp_path / "compare.json").read_text())
+    old["cells"] = [each[:4] for each in old["cells"]]
+    (tmp_path / "compare.json").write_text(json.dumps(old))
+    assert {each.lr for each in comparison.read(tmp_path)} == {None}
+
+
 def test_a_csv_of_another_version_is_left_alone(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[str]
 ) -> None:
@@ -344,7 +451,7 @@ def test_a_csv_of_another_version_is_left_alone(
     good = (folder / "results.csv").read_text()
     for text, said in (
         (good.replace("trainable_all", "learn_all"), "other columns than this version's (learn_all, trainable_all)"),
-        (good.replace("seed,n", "n,seed"), "other columns than this version's (their order)"),
+        (good.replace("seed,lr", "lr,seed"), "other columns than this version's (their order)"),
         ("", "other columns"),
         (good.replace(",0.1.0,", ",0.0.9,"), "has results of fastadv 0.0.9"),
     ):
