@@ -174,8 +174,8 @@ def _show(name: str, recipe: Recipe) -> str:
     return show_pixels(value, recipe.norm) if name == "eps" or name.endswith("step_size") else str(value)
 
 
-def _rates(found: Sequence[Group]) -> str:
-    """How far the differences may be ones of learning rates."""
+def chosen_rates(found: Sequence[Group]) -> str:
+    """How far differences between the groups may be ones of learning rates, in a sentence or two."""
     alone = list(dict.fromkeys(group.strategy for group in found if group.rows and group.rates == 1))
     if not alone:
         return "Learning rates were chosen from few, on one seed, by one validation split."
@@ -193,7 +193,7 @@ def _limits(
     limits = [
         f"{len(seeds)} {'seed says' if len(seeds) == 1 else 'seeds say'} little about the spread over seeds, and the "
         "spread says nothing about other data.",
-        _rates([group for panel in panels for group in panel.groups]),
+        chosen_rates([group for panel in panels for group in panel.groups]),
         "RoLI and the other strategies with a probe train for more epochs than RanLI does; the column epochs says how "
         "many. A probe that several strategies share is trained once, and its seconds count in each of them.",
         "PGD alone tends to overstate robustness: python -m fastadv.evaluate with --attack autoattack takes the "

@@ -42,6 +42,7 @@ again.
   --data        data sets, as for training (default: digits)
   --model       the backbones' network (default: swin_micro_64)
   --seeds       how many, counted from --seed (default: 1, from 0)
+  --lrs         learning rates to choose from, as in fastadv.compare; heads alone have one of their own (--probe-lr)
   --out         the folder (default: runs/inherit)
   --jobs        cells at a time, in processes of one thread each (default: one per GPU; on a CPU 1, with all threads)
   --resume      go on with what is in a folder

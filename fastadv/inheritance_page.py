@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from fastadv import page
 from fastadv.comparison import Comparison, write_whole
-from fastadv.comparison_page import TIMES_CHANCE
+from fastadv.comparison_page import TIMES_CHANCE, chosen_rates
 from fastadv.comparison_results import Group, Result, Row, groups, num_classes, table_rows
 from fastadv.evaluation_plots import percent
 from fastadv.first_layer import FirstLayer
@@ -26,6 +26,8 @@ ARMS = {
     "clean-full": "clean, everything learns",
     "linear": "adversarial head, frozen backbone",
 }
+# Of a comparison's table.
+SHOWN = ("clean %", "robust %", "seeds", "lr", "epochs", "seconds")
 # A picture of filters is a few dozen pixels wide: on a page each of them becomes so many.
 ENLARGED = 8
 
@@ -101,11 +103,11 @@ def _numbers(whole: Comparison, found: Sequence[Group]) -> list[Block]:
             (
                 ARMS.get(row["strategy"], row["strategy"]),
                 row["weights"],
-                *(row[name].replace("+-", "\u00b1") for name in ("clean %", "robust %", "seeds", "epochs", "seconds")),
+                *(row[name].replace("+-", "\u00b1") for name in SHOWN),
             )
             for row in table_rows(whole, chosen)
         ]
-        columns = ("what learns", "pre-training", "clean %", "robust %", "seeds", "epochs", "seconds")
+        columns = ("what learns", "pre-training", *SHOWN)
         blocks.append(Table(columns=columns, rows=rows, caption=f"{whole.data_names[data]}, means over seeds"))
     return blocks
 
@@ -189,7 +191,7 @@ def _limits(whole: Comparison, found: Sequence[Group]) -> list[str]:
     limits = [
         f"{len(seeds)} {'seed says' if len(seeds) == 1 else 'seeds say'} little about the spread over seeds.",
         "The backbones may differ in more than the attack in their pre-training: in data, epochs and clean accuracy.",
-        "No learning rate was chosen here: each arm ran with one for all backbones.",
+        chosen_rates(found),
         "PGD alone tends to overstate robustness: python -m fastadv.evaluate with --attack autoattack takes the "
         "folder of any cell.",
     ]

@@ -24,6 +24,8 @@ from rich.text import Text
 from fastadv import __version__
 from fastadv.errors import CheckpointError
 
+# Seconds after which someone who reads a log wants to know that it goes on.
+SILENCE = 180
 PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "safetensors")
 
 
@@ -112,7 +114,8 @@ def environment() -> dict[str, Any]:
 
 
 class Progress:
-    """Context manager: one progress bar on a terminal, one plain line per epoch elsewhere (a file, a pipe, CI).
+    """Context manager: one progress bar on a terminal; elsewhere (a file, a pipe, CI) one plain line per epoch, and one
+    every few minutes while an epoch goes on.
 
     Call ``stage`` first, then ``step`` for every batch and ``epoch`` with what was measured.
     """
@@ -127,6 +130,7 @@ class Progress:
         # Four times a second: the refreshing thread takes the interpreter from the training.
         self._bar = rich.progress.Progress(name, bar, measured, pace, console=self.console, refresh_per_second=4)
         self._task: rich.progress.TaskID | None = None
+        self._told = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -152,6 +156,8 @@ class Progress:
         self._stage.step(images)
         if self._task is not None:
             self._bar.update(self._task, advance=1, description=self._stage.title(), pace=self._stage.pace())
+        elif time.monotonic() - self._told > SILENCE and self._stage.share():
+            self.note(f"{self._stage.title()}  {self._stage.share()} %  {self._stage.pace()}")
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """Show loss, clean and robust accuracy (fractions; None: not measured) of the epoch that just ended."""
@@ -174,6 +180,7 @@ class Progress:
             self.console.print(text, markup=False, highlight=False)
         else:
             print(_now(), text, file=self.console.file, flush=True)
+        self._told = time.monotonic()
 
 
 class _Stage:
@@ -194,6 +201,10 @@ class _Stage:
         current = max(1, -(-self.done // self.steps_per_epoch))
         width = len(str(self.epochs))
         return f"{self.name} epoch {current:{width}}/{self.epochs}" if self.epochs > 1 else self.name
+
+    def share(self) -> int:
+        """How much of the epoch is done, in per cent; 0 at its end."""
+        return 100 * (self.done % self.steps_per_epoch) // self.steps_per_epoch
 
     def pace(self) -> str:
         """``212 img/s  0:21 left``, both over the whole stage since it began here, validation included."""

@@ -69,6 +69,25 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path, torn: bytes) -> None:
     assert torn in path.read_bytes()
 
 
+def test_a_long_epoch_is_heard_of_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    text = io.StringIO()
+    with runlog.Progress(Console(file=text)) as progress:
+        progress.stage("contrastive", epochs=2, steps_per_epoch=4)
+        for _ in range(3):
+            now[0] += 100
+            progress.step(8)
+        # The epoch's own line follows.
+        now[0] += 100
+        progress.step(8)
+        progress.epoch({"loss": 1.0})
+        now[0] += 100
+        progress.step(8)
+    lines = [re.sub(r"  \d+ img/s.*", "", line.partition(" ")[2]) for line in text.getvalue().splitlines()]
+    assert lines == ["contrastive epoch 1/2  50 %", "contrastive epoch 1/2  loss 1.000"]
+
+
 FULL = """
 import resource, sys
 from fastadv.errors import CheckpointError
