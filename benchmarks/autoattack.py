@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadv import runlog
 from fastadv.attacks.autoattack import AutoAttack
+from fastadv.environment import environment
 from fastadv.losses import misclassified
 from fastadv.measure import wilson
 from fastadv.pgd import PGD
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases alone; the others stay as they are")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    machine = runlog.environment() | {"pyautoattack": importlib.metadata.version("pyautoattack")}
+    machine = environment() | {"pyautoattack": importlib.metadata.version("pyautoattack")}
     # Of the case, as cases may be measured one by one.
     del machine["command"]
     commit = str(machine.pop("commit")) + (" (modified)" if machine.pop("modified") else "")

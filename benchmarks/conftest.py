@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastadv.runlog import environment
+from fastadv.environment import environment
 
 
 def synced() -> float:

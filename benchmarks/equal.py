@@ -14,7 +14,7 @@ from contestants import STEP_SIZE
 from subjects import robust_swin
 from torch import Tensor
 
-from fastadv import models, runlog
+from fastadv import environment, models
 from fastadv.data import ImageSet, in_order, load_test
 from fastadv.losses import misclassified
 from fastadv.measure import wilson
@@ -72,9 +72,9 @@ def compared(
             "only_accelerated_breaks": int((plain & ~flags).sum()),
             "captured": fast.captured,
         }
-    environment = runlog.environment()
+    machine = environment.environment()
     # It would name folders of this machine; data, n, steps and radius are said below.
-    del environment["command"]
+    del machine["command"]
     return {
         "data": Path(data).name,
         "n": num,
@@ -84,7 +84,7 @@ def compared(
         "attack": f"PGD-{steps}, linf {round(255 * eps, 2):g}/255, final iterate, judged in fp32",
         "plain": counted(plain),
         "accelerated": rows,
-        "environment": environment,
+        "environment": machine,
     }
 
 

@@ -34,8 +34,8 @@ FOR_TESTS = ("pytest", "pytest_benchmark", "hypothesis")
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input")
 MISSING = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util.find_spec(n) is None))"
 MACHINE = """
-import json, torch; from fastadv import runlog
-facts = runlog.environment(); facts.pop("command"); print(json.dumps(facts))
+import json, torch; from fastadv.environment import environment
+facts = environment(); facts.pop("command"); print(json.dumps(facts))
 """
 
 

@@ -25,8 +25,9 @@ from contestants import AUTO, CONTESTANTS, FAST, NOISE, THREAT, Agreement, Conte
 from subjects import RESNET50, SWIN_TINY, Subject, subjects, twin
 from torch import Tensor
 
-from fastadv import models, ops, runlog, tuning
+from fastadv import models, ops, tuning
 from fastadv.engine import native_bf16
+from fastadv.environment import environment as of_machine
 from fastadv.losses import misclassified
 from fastadv.models import Classifier
 
@@ -174,7 +175,7 @@ def main(argv: list[str]) -> int:
     out = args.out or (None if args.quick else RESULTS / "peers_cpu.json")
     if args.equal:
         return equal.main(args, out or RESULTS / "peers_cpu.json")
-    machine = runlog.environment()
+    machine = of_machine()
     del machine["command"]
     conditions = {
         "environment": machine,

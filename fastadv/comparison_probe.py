@@ -14,10 +14,11 @@ from typing import Any
 
 from fastadv import checkpoint
 from fastadv.assemble import saved_recipe
+from fastadv.environment import environment
 from fastadv.errors import CheckpointError
 from fastadv.recipe import Recipe
 from fastadv.run import KEPT
-from fastadv.runlog import RunLog, environment
+from fastadv.runlog import RunLog
 from fastadv.strategies import Stage, load_all
 
 # Of a recipe, what a stage carries itself (its length, rates, smoothing) or what leaves the weights alone.

@@ -36,7 +36,7 @@ class Evaluation:
     command: str
     """The command that makes this page again."""
     environment: Mapping[str, Any]
-    """Versions and machine, as `runlog.environment` gives them."""
+    """Versions and machine, as `environment.environment` gives them."""
     recipe: Mapping[str, Any] | None = None
     """Every setting of the run."""
     labels: Tensor | None = None

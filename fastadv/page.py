@@ -150,7 +150,7 @@ class Section:
 def build(title: str, sections: Sequence[Section], *, command: str, environment: Mapping[str, Any]) -> str:
     """The page as HTML text, the same for the same content.
 
-    command: what makes this page again. environment: versions and machine, as of `runlog.environment`.
+    command: what makes this page again. environment: versions and machine, as of `environment.environment`.
     """
     numbers = count(1)
 

@@ -72,9 +72,10 @@ def export(folder: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from fastadv import assemble
+    from fastadv.environment import environment
     from fastadv.linear_evaluation import linear_evaluation
     from fastadv.measure import evaluate
-    from fastadv.runlog import environment, table
+    from fastadv.runlog import table
 
     recipe = assemble.saved_recipe(folder)
     model = assemble.trained(folder, recipe)

@@ -14,12 +14,13 @@ from torch import nn
 
 from fastadv import evaluation_page, examples, plots
 from fastadv.data import ImageSet, in_order
+from fastadv.environment import environment
 from fastadv.evaluation_page import Evaluation
 from fastadv.measure import EVALUATION, Report, Verdict, curve
 from fastadv.models import Classifier
 from fastadv.pgd import PGD
 from fastadv.recipe import Recipe
-from fastadv.runlog import environment, table
+from fastadv.runlog import table
 from fastadv.seeds import generator
 from fastadv.target import sample, sample_rows
 from fastadv.threat import ThreatModel

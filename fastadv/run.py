@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from fastadv import checkpoint, stopping
 from fastadv.data import Splits, fingerprint
+from fastadv.environment import environment
 from fastadv.errors import CheckpointError, SettingsError
 from fastadv.models import Classifier
 from fastadv.recipe import Recipe
 from fastadv.runfolder import RunLock, run_folder
-from fastadv.runlog import Progress, RunLog, environment
+from fastadv.runlog import Progress, RunLog
 from fastadv.sharing import ALONE, Share
 
 KEPT = ("stage", "stage_step", "step", "loss_sum", "best", "history")

@@ -6,10 +6,8 @@ import fcntl
 import io
 import json
 import os
-import platform
 import pty
 import re
-import shlex
 import struct
 import subprocess
 import sys
@@ -114,36 +112,6 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"could not write .*: Is a directory"):
         runlog.RunLog(tmp_path)
-
-
-def test_the_environment_names_what_a_number_depends_on() -> None:
-    found = runlog.environment()
-    assert json.loads(json.dumps(found)) == found
-    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
-    assert found["python"] == platform.python_version()
-    assert found["threads"] == torch.get_num_threads()
-    assert found["cpu"]
-    assert found["command"] == shlex.join(sys.orig_argv)
-    assert {"fastadv", "timm", "numpy", "safetensors", "platform", "gpus"} <= found.keys()
-
-
-def git(folder: Path, *words: str) -> str:
-    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    ran = subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True, text=True)
-    return ran.stdout.strip()
-
-
-def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "fastadv").mkdir()
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "fastadv" / "runlog.py"))
-    assert runlog._checkout() == {}
-    git(tmp_path, "init", "-q")
-    assert runlog._checkout() == {}, "no commit yet"
-    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert runlog._checkout() == {"commit": commit, "modified": False}
-    (tmp_path / "fastadv" / "runlog.py").touch()
-    assert runlog._checkout() == {"commit": commit, "modified": True}
 
 
 def lines(console: Console) -> list[str]:
