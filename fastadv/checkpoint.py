@@ -121,6 +121,18 @@ def newest(run: Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any
     raise CheckpointError(f"no valid checkpoint is left in {run}{last}", "train again with --out OTHER")
 
 
+def newest_meta(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint with a readable manifest knows, tensors unread; empty without one.
+
+    The run may be going on: a checkpoint that is pruned meanwhile, or damaged, is passed over.
+    """
+    for path in reversed(steps(run)):
+        with contextlib.suppress(CheckpointError):
+            meta: dict[str, Any] = _read_manifest(path)["meta"]
+            return meta
+    return {}
+
+
 def prune(run: Path, keep: int = 2) -> None:
     """Delete all but the newest ``keep`` step checkpoints. One that cannot be deleted does not stop the run."""
     assert keep > 0

@@ -47,6 +47,8 @@ def command(
         stopping.install()
         try:
             result = main(args)
+            if as_json and result is not None:
+                print(json.dumps(result))
         finally:
             # At exit it would be too late to tell a closed pipe quietly.
             sys.stdout.flush()
@@ -66,8 +68,10 @@ def command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_code(error)
     except OSError as error:
-        if debug or error.errno not in NOT_WRITTEN:
+        if debug or exit_code(error) == 1:
             raise
+        if _out_of_memory(error):
+            return refuse(f"out of memory ({error.strerror})", "--batch-size half as large", exit_code(error))
         what = f"could not write {error.filename or 'a file of the run'}: {error.strerror}"
         return refuse(what, "free some space or make it writable, then --resume the run", exit_code(error))
     except Exception as error:
@@ -79,8 +83,6 @@ def command(
     finally:
         warnings.formatwarning = formatwarning
         stopping.uninstall()
-    if as_json and result is not None:
-        print(json.dumps(result))
     return 0
 
 
@@ -91,7 +93,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, stopping.Stopped):
         return stopping.exit_code()
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 2
+        return error.code or 0 if isinstance(error.code, int | None) else 2
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):
@@ -171,4 +173,5 @@ def refuse(what: str, fix: str, code: int) -> int:
 def _out_of_memory(error: Exception) -> bool:
     # On the CPU torch raises a plain RuntimeError.
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    unable = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(words in text for words in unable)

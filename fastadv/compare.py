@@ -88,6 +88,8 @@ def run(
         write_csv(whole.folder, collect(whole))
 
     left = [cell for cell in cells if not is_finished(whole.path(cell))]
+    # A rate that joined later is tried before another seed wants the best.
+    left.sort(key=lambda cell: cell.lr == "chosen")
     if len(left) < len(cells):
         print(f"{len(cells) - len(left)} of {len(cells)} cells have a result already")
     devices = {whole.recipe(cell).device for cell in left}
@@ -114,7 +116,7 @@ def finish(whole: Comparison) -> dict[str, Any]:
     from dataclasses import asdict
 
     from fastadv import comparison_page
-    from fastadv.comparison_results import collect, groups, num_classes, table_rows, write_csv
+    from fastadv.comparison_results import collect, groups, left_out, num_classes, table_rows, write_csv
     from fastadv.runlog import table
 
     results = collect(whole)
@@ -124,6 +126,8 @@ def finish(whole: Comparison) -> dict[str, Any]:
         table(rows)
     for failed in (result for result in results if result.row and result.row.failure):
         print(f"failed: {whole.name(failed.cell)}: {failed.row.failure if failed.row else ''}")
+    for said in left_out(whole, results):
+        print(f"left out: {said}")
     comparison_page.write(whole.folder / "compare.html", whole, results, num_classes(whole))
     print(f"files in {whole.folder}: compare.html, results.csv")
     return {"folder": str(whole.folder), "rows": [asdict(result.row) for result in results if result.row]}

@@ -18,6 +18,7 @@ from fastadv import __version__
 from fastadv.comparison_rates import best_rate
 from fastadv.errors import CheckpointError, SettingsError
 from fastadv.recipe import Recipe, read_recipe, read_settings
+from fastadv.runfolder import write_whole
 from fastadv.strategies import load_all
 
 FORMAT = 1
@@ -86,7 +87,7 @@ class Comparison:
 
     def name(self, cell: Cell) -> str:
         """The name of the cell's folder: ``roli-full-digits-robust-s0``, one of several rates ``...-s0-lr0.001``."""
-        rate = f"-lr{cell.lr:g}" if isinstance(cell.lr, float) else ""
+        rate = f"-lr{cell.lr}" if isinstance(cell.lr, float) else ""
         return f"{cell.strategy}-{self.data_names[cell.data]}-{self.weights_names[cell.weights]}-s{cell.seed}{rate}"
 
     def path(self, cell: Cell) -> Path:
@@ -165,8 +166,17 @@ def begin(folder: Path, cells: Sequence[Cell], settings: Mapping[str, Any], comm
             raise SettingsError(f"{folder} holds something else than a comparison", "--out OTHER, a new folder")
         whole = Comparison(folder=folder, cells=tuple(cells), settings=dict(settings), commands=(command,))
     for cell in cells:
+        if cell.lr is None and whole.candidates(cell):
+            _refuse_mixed(cell, folder, "without", "the same --lrs")
+        if cell.lr and any(other.lr is None and other.key[:3] == cell.key[:3] for other in whole):
+            _refuse_mixed(cell, folder, "with", "no --lrs")
         check_recipe(whole, cell)
     return whole
+
+
+def _refuse_mixed(cell: Cell, folder: Path, how: str, cure: str) -> None:
+    what = f"{cell.strategy} {how} --lrs, where {folder} has it the other way"
+    raise SettingsError(what, f"{cure}, or --out OTHER for a new comparison")
 
 
 def check_recipe(whole: Comparison, cell: Cell) -> None:
@@ -176,18 +186,12 @@ def check_recipe(whole: Comparison, cell: Cell) -> None:
         now = whole.recipe(cell)
         # Read as a recipe: a field that came with a later version has its default in older files.
         before = dataclasses.asdict(read_recipe(path, type(now)))
+        if cell.lr == "chosen" and before["lr"] != now.lr:
+            raise SettingsError(
+                f"{whole.path(cell)} was trained with lr {before['lr']:g}, and {now.lr:g} is chosen now",
+                "remove that folder: it is trained again",
+            )
         _check_same(before, dataclasses.asdict(now), whole.path(cell))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises CheckpointError where the disk refuses."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error.strerror}", "free some space, or --out OTHER") from error
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastadv import assemble, checkpoint, stopping
-from fastadv.comparison import Cell, Comparison, check_recipe, write_whole
+from fastadv.comparison import Cell, Comparison, check_recipe
 from fastadv.comparison_probe import begin_behind, finished_stage, first_stage_key, stages
-from fastadv.comparison_rates import is_finished
+from fastadv.comparison_rates import FACTS, HISTORY, epochs_of, is_finished
 from fastadv.errors import FastadvError, SettingsError
 from fastadv.measure import measure
+from fastadv.runfolder import write_whole
 
-FAILURE, FACTS, OUTPUT = "failure.json", "cell.json", "output.txt"
+FAILURE, OUTPUT = "failure.json", "output.txt"
 POLL_SECONDS = 0.2
 
 
@@ -55,7 +56,8 @@ def run_cell(whole: Comparison, cell: Cell) -> Failure | None:
             begin_behind(folder, recipe, (whole.path(other) for other in _kin(whole, cell)))
         # With the recipe in place a run that never began is resumed like any other.
         train(recipe, folder, resume=True, page=False)
-        write_whole(folder / FACTS, json.dumps(_facts(whole, cell)) + "\n")
+        kept = {**_facts(whole, cell), HISTORY: epochs_of(folder)}
+        write_whole(folder / FACTS, json.dumps(kept) + "\n")
         return None
     except stopping.Stopped:
         raise
@@ -82,7 +84,7 @@ def facts(whole: Comparison, cell: Cell) -> dict[str, Any]:
     """Of a finished cell: the parameters that learn, in the backbone and in all, and a clean probe's accuracy."""
     try:
         found: dict[str, Any] = json.loads((whole.path(cell) / FACTS).read_text())
-        return found
+        return {name: value for name, value in found.items() if name != HISTORY}
     except (OSError, ValueError):
         return _facts(whole, cell)
 

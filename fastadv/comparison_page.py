@@ -11,7 +11,7 @@ from fastadv import comparison_plots as plots
 from fastadv import page
 from fastadv.comparison import Comparison
 from fastadv.comparison_plots import Panel, Probes, pairs
-from fastadv.comparison_results import Group, Result, Row, groups, table_rows
+from fastadv.comparison_results import Group, Result, Row, groups, left_out, table_rows
 from fastadv.page import Block, Caution, Data, Points, Section, Table
 from fastadv.recipe import Recipe, show_pixels
 from fastadv.strategies import load_all
@@ -92,6 +92,7 @@ def _lead(whole: Comparison, results: Sequence[Result], panels: Sequence[Panel])
         blocks.append(Caution(f"{len(failed)} of {len(results)} cells failed. {reasons}."))
     if missing:
         blocks.append(Caution(f"{len(missing)} of {len(results)} cells have no result yet."))
+    blocks += [Caution(f"Left out: {said}.") for said in left_out(whole, results)]
     odd = _mixed([r.row for r in results if r.row and not r.row.failure])
     if odd:
         blocks.append(Caution(f"The cells differ in {' and '.join(odd)}: their numbers are not of one making."))
@@ -121,7 +122,9 @@ def _numbers(whole: Comparison, found: Sequence[Group]) -> list[Block]:
         return []
     return [
         *blocks,
-        'lr: of the last stage; "of 3": the one of three with the best robust validation accuracy at the first seed. '
+        'lr: of the last stage; "of 3": the one of three with the best robust validation accuracy at the first seed '
+        "(clean, where nothing attacks in validation); undertrained: chosen from fewer than three, or from others than "
+        "what it stands against. "
         "encoder, all: parameters that learn in the last stage, in the backbone and with the head. epochs: of every "
         "stage. seconds: of training with its validation, a mean over seeds.",
     ]
@@ -131,7 +134,8 @@ def _curves(whole: Comparison, panels: Sequence[Panel], results: Sequence[Result
     blocks: list[Block] = []
     for panel in panels:
         one = panel.groups[0]
-        chosen = [r for r in results if r.history and (r.cell.data, r.cell.weights) == (one.data, one.weights)]
+        own = [r for r in results if (r.cell.data, r.cell.weights) == (one.data, one.weights)]
+        chosen = [r for r in own if r.history and r.row and r.row.chosen]
         blocks += [plots.curves(panel, chosen)] if chosen else []
     return blocks
 
@@ -165,7 +169,14 @@ def _settings(whole: Comparison) -> list[Block]:
         blocks.append(
             Table(columns=("setting", "here", "otherwise"), rows=list(rows), caption="Other than in full-size runs:")
         )
-    own_values = {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()}
+    own_values = {
+        name: {
+            field: value
+            for field, value in dataclasses.asdict(recipe).items()
+            if field not in OWN and not (field == "lr" and name in searched)
+        }
+        for name, recipe in recipes.items()
+    }
     return [*blocks, Data(summary="Every setting of every strategy", value=own_values)]
 
 
@@ -176,10 +187,10 @@ def _show(name: str, recipe: Recipe) -> str:
 
 def chosen_rates(found: Sequence[Group]) -> str:
     """How far differences between the groups may be ones of learning rates, in a sentence or two."""
-    alone = list(dict.fromkeys(group.strategy for group in found if group.rows and group.rates == 1))
+    alone = list(dict.fromkeys(group.strategy for group in found if not group.rates))
     if not alone:
         return "Learning rates were chosen from few, on one seed, by one validation split."
-    which = "each strategy" if all(group.rates == 1 for group in found) else ", ".join(alone)
+    which = "each strategy" if not any(group.rates for group in found) else ", ".join(alone)
     return (
         f"No learning rate was chosen for {which}: one ran, its own or the one that a flag gave to all. A difference "
         "may be one of learning rates, and counts as undertrained until they are chosen (--lrs)."
@@ -193,7 +204,7 @@ def _limits(
     limits = [
         f"{len(seeds)} {'seed says' if len(seeds) == 1 else 'seeds say'} little about the spread over seeds, and the "
         "spread says nothing about other data.",
-        chosen_rates([group for panel in panels for group in panel.groups]),
+        *([chosen_rates([group for panel in panels for group in panel.groups])] if panels else []),
         "RoLI and the other strategies with a probe train for more epochs than RanLI does; the column epochs says how "
         "many. A probe that several strategies share is trained once, and its seconds count in each of them.",
         "PGD alone tends to overstate robustness: python -m fastadv.evaluate with --attack autoattack takes the "

@@ -17,7 +17,6 @@ from fastadv.errors import SettingsError
 if TYPE_CHECKING:
     # At run time they are imported inside the functions: Ctrl-C and SIGTERM then work while torch is still loading.
     from fastadv.comparison import Cell, Rate
-    from fastadv.recipe import Recipe
 
 PROGRAM = "python -m fastadv.compare"
 
@@ -39,7 +38,7 @@ class Asked:
     flags: tuple[str, ...]
 
 
-def take_apart(argv: Sequence[str]) -> Asked:
+def take_apart(argv: Sequence[str], program: str = PROGRAM) -> Asked:
     """The command line in parts. Raises SettingsError for what does not go together."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--strategies", "--data", "--weights", "--lrs", "--only"):
@@ -51,9 +50,11 @@ def take_apart(argv: Sequence[str]) -> Asked:
     try:
         given, flags = parser.parse_known_args(argv[1:] if first else argv)
     except argparse.ArgumentError as error:
-        raise SettingsError(f"{error.argument_name} has no value", f"see {PROGRAM} --help") from error
+        raise SettingsError(f"{error.argument_name} has no value", f"see {program} --help") from error
     folders = [folder for folder in (first, given.resume, given.out) if folder]
     alone = bool(first or given.resume or given.page_only)
+    if not folders and alone:
+        raise SettingsError("--page-only without a folder", f"{program} FOLDER")
     if alone and (
         len(folders) != 1 or flags or given.strategies or given.data or given.weights or given.seeds or given.lrs
     ):
@@ -77,14 +78,14 @@ def take_apart(argv: Sequence[str]) -> Asked:
     )
 
 
-def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
+def plan(asked: Asked, program: str = PROGRAM) -> tuple[list[Cell], dict[str, Any]]:
     """The cells asked for, seed by seed, and what the flags set. Raises SettingsError for what cannot be meant."""
     from fastadv.comparison import Cell, cell_recipe
-    from fastadv.comparison_probe import stages
+    from fastadv.comparison_probe import has_rate, stages
     from fastadv.models import input_size, weights_file
     from fastadv.sources import open_source
     from fastadv.strategies import load_all
-    from fastadv.train import absolute
+    from fastadv.train import absolute, check_radius
 
     known = load_all()
     if not asked.strategies:
@@ -93,8 +94,10 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
     settings: dict[str, Any] = {}
     for name in asked.strategies:
         default = known[name].recipe
-        recipe = parse(type(default), default, asked.flags, f"{PROGRAM} --strategies {name}", known[name].summary)
+        heading = f"{program} --strategies {name}" if program == PROGRAM else program
+        recipe = parse(type(default), default, asked.flags, heading, known[name].summary)
         settings = {field: getattr(recipe, field) for field in _set_by(asked.flags, recipe)}
+        check_radius(recipe, default, given="eps" in settings)
     if "strategy" in settings:
         raise SettingsError("--strategy in a comparison", "--strategies NAME ...")
     if "lr" in settings and asked.lrs:
@@ -117,20 +120,12 @@ def plan(asked: Asked) -> tuple[list[Cell], dict[str, Any]]:
     for place, cell in enumerate(cells):
         recipe = cell_recipe(cell, settings)
         stages(recipe)
-        if cell.lr and not _has_rate(recipe):
+        if cell.lr and not has_rate(recipe):
             cells[place] = dataclasses.replace(cell, lr=None)
         input_size(recipe.model)
         if recipe.weights != "none":
             weights_file(recipe.model, recipe.weights)
     return list(dict.fromkeys(cells)), settings
-
-
-def _has_rate(recipe: Recipe) -> bool:
-    """Whether a stage of the recipe's strategy has the learning rate of fine-tuning; a probe has its own."""
-    from fastadv.comparison_probe import stages
-
-    other = dataclasses.replace(recipe, lr=recipe.lr / 2)
-    return [stage.lr for stage in stages(recipe)] != [stage.lr for stage in stages(other)]
 
 
 def _rates(texts: Sequence[str]) -> tuple[float, ...]:

@@ -44,19 +44,19 @@ def first_stage_key(recipe: Recipe) -> tuple[Any, ...]:
     return (*of_stage, *rest)
 
 
+def has_rate(recipe: Recipe) -> bool:
+    """Whether the last stage of the recipe's strategy has the learning rate of fine-tuning; a probe has its own."""
+    other = dataclasses.replace(recipe, lr=recipe.lr / 2)
+    return stages(recipe)[-1].lr != stages(other)[-1].lr
+
+
 def finished_stage(folder: Path) -> dict[str, Any] | None:
     """What the run in ``folder`` knew when its first stage was finished, None if it is not; may be still running."""
-    for path in reversed(checkpoint.steps(folder)):
-        try:
-            meta = json.loads((path / checkpoint.MANIFEST).read_text())["meta"]
-            if meta["stage"] < 1 or not (folder / "split.json").exists():
-                return None
-            history = [row for row in meta["history"] if row["stage_index"] == 0]
-            return {"history": history, "step": sum(row["steps"] for row in history)}
-        except (OSError, ValueError, KeyError):
-            # Pruned while we looked, or damaged: the one before tells the same.
-            continue
-    return None
+    meta = checkpoint.newest_meta(folder)
+    if meta.get("stage", 0) < 1 or not (folder / "split.json").exists():
+        return None
+    history = [row for row in meta["history"] if row["stage_index"] == 0]
+    return {"history": history, "step": sum(row["steps"] for row in history)}
 
 
 def begin_behind(folder: Path, recipe: Recipe, sources: Iterable[Path]) -> Path | None:
@@ -66,11 +66,12 @@ def begin_behind(folder: Path, recipe: Recipe, sources: Iterable[Path]) -> Path 
     """
     for source in sources:
         found = finished_stage(source)
-        theirs = stages(saved_recipe(source)) if found else []
-        if not found or not found["history"]:
+        # Not what it would be run with today.
+        theirs = saved_recipe(source) if found else None
+        if not found or not theirs or not found["history"] or first_stage_key(theirs) != first_stage_key(recipe):
             continue
         try:
-            files, meta = checkpoint.load(source / _best(theirs))
+            files, meta = checkpoint.load(source / _best(stages(theirs)))
         except CheckpointError:
             continue
         own = stages(recipe)

@@ -9,6 +9,9 @@ from typing import Any
 
 from fastadv import checkpoint
 
+# What a finished cell keeps beside its report, so that its checkpoints may be deleted.
+FACTS, HISTORY = "cell.json", "history"
+
 
 def best_rate(runs: Mapping[float, Path]) -> float | None:
     """The learning rate of the finished run with the best validated epoch, the first of equals; None where none is.
@@ -35,11 +38,12 @@ def is_finished(folder: Path) -> bool:
 
 
 def epochs_of(folder: Path) -> list[dict[str, Any]]:
-    """The epochs that the newest checkpoint of a run remembers; nothing where none can be read."""
-    for path in reversed(checkpoint.steps(folder)):
-        try:
-            history: list[dict[str, Any]] = json.loads((path / checkpoint.MANIFEST).read_text())["meta"]["history"]
-            return history
-        except (OSError, ValueError, KeyError):
-            continue
-    return []
+    """The epochs of a cell's run: as kept at its end, or as its newest checkpoint remembers; nothing without either."""
+    try:
+        kept: list[dict[str, Any]] = json.loads((folder / FACTS).read_text())[HISTORY]
+        return kept
+    except (OSError, ValueError, KeyError):
+        # Not finished, or of a time when it was not kept.
+        pass
+    history: list[dict[str, Any]] = checkpoint.newest_meta(folder).get("history", [])
+    return history

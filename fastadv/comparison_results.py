@@ -13,13 +13,16 @@ from typing import Any
 
 from fastadv import __version__, checkpoint
 from fastadv.assemble import saved_recipe
-from fastadv.comparison import Cell, Comparison, write_whole
+from fastadv.comparison import Cell, Comparison
 from fastadv.comparison_cells import facts, failure
-from fastadv.comparison_probe import stages
+from fastadv.comparison_probe import has_rate, stages
 from fastadv.comparison_rates import best_validated, epochs_of, is_finished
 from fastadv.errors import SettingsError
+from fastadv.runfolder import write_whole
 
 FILE = "results.csv"
+# Fewer learning rates to choose from leave open whether a difference is one of rates.
+WANTED_RATES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +90,8 @@ class Group:
     weights: str
     rows: Sequence[Row]
     failures: Sequence[str] = ()
-    rates: int = 1
-    """From how many learning rates the one of ``rows`` was chosen."""
+    rates: frozenset[float] = frozenset()
+    """The learning rates from which the one of ``rows`` was chosen; none where there was no choice."""
 
     def mean(self, name: str) -> float:
         """The mean over seeds of a number."""
@@ -113,6 +116,9 @@ def result(whole: Comparison, cell: Cell) -> Result:
     folder, known = whole.path(cell), asdict(cell)
     if cell.lr == "chosen":
         known["lr"] = whole.chosen_rate(cell)
+    elif cell.lr:
+        # Of those that fail.
+        known["chosen"] = False
     if not is_finished(folder):
         failed = failure(folder)
         sha = whole.recipe(cell).sha256
@@ -155,6 +161,7 @@ def groups(results: Sequence[Result]) -> list[Group]:
     found = []
     for strategy, data, weights in keys:
         rows = [r.row for r in results if r.row and r.cell.key[:3] == (strategy, data, weights)]
+        cells = [r.cell for r in results if r.row and r.cell.key[:3] == (strategy, data, weights)]
         found.append(
             Group(
                 strategy=strategy,
@@ -162,7 +169,7 @@ def groups(results: Sequence[Result]) -> list[Group]:
                 weights=weights,
                 rows=[row for row in rows if row.chosen and not row.failure],
                 failures=[row.failure for row in rows if row.failure],
-                rates=len({row.lr for row in rows}),
+                rates=frozenset(cell.lr for cell in cells if isinstance(cell.lr, float)),
             )
         )
     return found
@@ -183,10 +190,36 @@ def table_rows(whole: Comparison, found: Sequence[Group]) -> list[dict[str, str]
             first = group.rows[0]
             row |= {"clean %": _mean(group, "clean"), "robust %": _mean(group, "robust"), "epochs": first.epochs}
             row |= {"encoder": f"{first.trainable_encoder:,}", "all": f"{first.trainable_all:,}"}
-            row["lr"] = f"{first.lr:g} of {group.rates}" if group.rates > 1 else f"{first.lr:g}"
+            row["lr"] = _rate(whole, group, found)
             row["seconds"] = f"{group.mean('train_seconds'):,.0f}"
         rows.append(row)
     return rows
+
+
+def left_out(whole: Comparison, results: Sequence[Result]) -> list[str]:
+    """A line for every run of a further seed that has another rate than the one chosen now, and is in no mean."""
+    return [
+        f"{whole.name(r.cell)}: trained with lr {r.row.lr:g}, {whole.chosen_rate(r.cell):g} is chosen now; remove the "
+        "folder and it is trained again"
+        for r in results
+        if r.cell.lr == "chosen" and r.row and not r.row.failure and not r.row.chosen
+    ]
+
+
+def _rate(whole: Comparison, group: Group, found: Sequence[Group]) -> str:
+    """``0.0015 of 3``: the rate and among how many it was chosen.
+
+    ``0.0005 undertrained`` without a choice among three, or among others than what it stands against: the same tuning
+    behind another head.
+    """
+    text = f"{group.rows[0].lr:g}" + (f" of {len(group.rates)}" if group.rates else "")
+    cell = Cell(strategy=group.strategy, data=group.data, weights=group.weights, seed=group.rows[0].seed)
+    if not has_rate(whole.recipe(cell)):
+        return text
+    place, tuning = (group.data, group.weights), group.strategy.partition("-")[2]
+    others = [g for g in found if (g.data, g.weights) == place and g.strategy.partition("-")[2] == tuning]
+    fair = len(group.rates) >= WANTED_RATES and all(other.rates == group.rates for other in others)
+    return text if fair else f"{text} undertrained"
 
 
 def _mean(group: Group, name: str) -> str:

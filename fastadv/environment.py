@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "safetensors")
 
 def environment() -> dict[str, Any]:
     """What a number depends on besides the recipe: versions, machine, threads, commit of the checkout, command line."""
-    # Not at the top: the terminal and the log do without torch, whose import takes seconds.
+    # Not at the top: its import takes seconds.
     import torch
 
     cuda = (
@@ -61,7 +61,7 @@ def _checkout() -> dict[str, Any]:
     if not (root / ".git").exists():
         return {}
     commit, changes = (_git(root, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
-    return {} if commit is None else {"commit": commit, "modified": bool(changes)}
+    return {} if commit is None else {"commit": commit, "modified": None if changes is None else bool(changes)}
 
 
 def _git(root: Path, *words: str) -> str | None:

@@ -29,7 +29,7 @@ OWN = {
 }
 USAGE = f"""\
 usage: {PROGRAM} --weights WEIGHTS [WEIGHTS ...] [--data DATA ...] [--model NAME] [--seeds N]
-           [--out FOLDER] [--jobs N] [any setting of a recipe]
+           [--lrs LR ...] [--out FOLDER] [--jobs N] [any setting of a recipe]
        {PROGRAM} --resume FOLDER
        {PROGRAM} FOLDER
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     from fastadv.runfolder import RunLock, run_folder
 
     goes_on = not argv[0].startswith("-") or "--page-only" in argv or any(a.startswith("--resume") for a in argv)
-    asked = comparison_plan.take_apart(argv if goes_on else _completed(argv))
+    asked = comparison_plan.take_apart(argv if goes_on else _completed(argv), PROGRAM)
     if asked.only:
         raise SettingsError("--only is for comparisons", f"{PROGRAM} --resume {asked.out}")
     if asked.page_only or asked.resume:
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         if asked.page_only:
             return finish(whole)
     else:
-        cells, settings = comparison_plan.plan(asked)
+        cells, settings = comparison_plan.plan(asked, PROGRAM)
         whole = comparison.begin(asked.out, cells, settings, shlex.join(("python", "-m", "fastadv.inherit", *argv)))
     run_folder(asked.out, resume=asked.out.is_dir())
     with RunLock(asked.out):

@@ -11,13 +11,14 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from fastadv import page
-from fastadv.comparison import Comparison, write_whole
+from fastadv.comparison import Comparison
 from fastadv.comparison_page import TIMES_CHANCE, chosen_rates
 from fastadv.comparison_results import Group, Result, Row, groups, num_classes, table_rows
 from fastadv.evaluation_plots import percent
 from fastadv.first_layer import FirstLayer
 from fastadv.page import Block, Caution, Data, Figure, Gallery, Picture, Points, Section, Table
 from fastadv.recipe import show_pixels
+from fastadv.runfolder import write_whole
 from fastadv.svg import BLUE, INK, MUTED, VERMILION, label
 
 # What each arm is called on the page.
@@ -191,7 +192,7 @@ def _limits(whole: Comparison, found: Sequence[Group]) -> list[str]:
     limits = [
         f"{len(seeds)} {'seed says' if len(seeds) == 1 else 'seeds say'} little about the spread over seeds.",
         "The backbones may differ in more than the attack in their pre-training: in data, epochs and clean accuracy.",
-        chosen_rates(found),
+        *([chosen_rates(found)] if found else []),
         "PGD alone tends to overstate robustness: python -m fastadv.evaluate with --attack autoattack takes the "
         "folder of any cell.",
     ]

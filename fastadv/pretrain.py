@@ -69,12 +69,13 @@ def export(folder: Path) -> dict[str, Any]:
     """Write the run's best weights in 16 bit, and a card whose numbers are measured on exactly those weights."""
     import json
 
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from fastadv import assemble
     from fastadv.environment import environment
     from fastadv.linear_evaluation import linear_evaluation
     from fastadv.measure import evaluate
+    from fastadv.runfolder import write_whole
     from fastadv.runlog import table
 
     recipe = assemble.saved_recipe(folder)
@@ -86,14 +87,17 @@ def export(folder: Path) -> dict[str, Any]:
     images = assemble.test_images(recipe)
     report, _ = evaluate(model, images, recipe.eval_attack, recipe.threat, seed=recipe.seed)
     _, linear = linear_evaluation(model, assemble.splits(recipe).train, images, recipe)
-    save_file(state, folder / "weights.safetensors", metadata={"model": recipe.model, "objective": recipe.strategy})
+    # Not by safetensors' own writer: that one makes mode 0600 whatever the umask says.
+    write_whole(
+        folder / "weights.safetensors", save(state, metadata={"model": recipe.model, "objective": recipe.strategy})
+    )
     card = {
         "recipe": json.loads(recipe.to_json()),
         "test": dataclasses.asdict(report),
         "linear": dataclasses.asdict(linear),
         "environment": environment(),
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_whole(folder / "card.json", json.dumps(card, indent=2) + "\n")
     table([{"head": "its own", **report.row()}, {"head": "linear, fitted to clean images", **linear.row()}])
     print(f"weights: {folder}/weights.safetensors (float16), measured as rounded; card: {folder}/card.json")
     return card

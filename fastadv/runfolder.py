@@ -105,3 +105,14 @@ class RunLock:
 def _content(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode(errors="replace").strip()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all. Raises CheckpointError where the disk refuses."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error.strerror}", "free some space, or --out OTHER") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from fastadv.data import ImageSet, load_test
 from fastadv.errors import DataError, SettingsError
 from fastadv.pgd import PGD
 from fastadv.seeds import generator
+from fastadv.strategies import load_all
 from fastadv.threat import Norm
 
 if TYPE_CHECKING:
@@ -44,11 +47,14 @@ class Target:
 def of_run(folder: Path, settings: Settings) -> Target:
     """The best model of the run in ``folder`` and its test images.
 
-    Raises SettingsError where there is no finished run, DataError where the data does not have the run's classes.
+    Warns of a run that is not finished. Raises SettingsError where it has no best model yet, DataError where the data
+    does not have the run's classes.
     """
     recipe = assemble.saved_recipe(folder)
     if not (folder / "best").exists():
         raise SettingsError(f"the run in {folder} is not finished", f"finish it with --resume {folder}")
+    if checkpoint.newest_meta(folder).get("stage", math.inf) < len(list(load_all()[recipe.strategy].stages(recipe))):
+        warnings.warn(f"the run in {folder} is not finished: its best epoch so far is evaluated", stacklevel=2)
     for name in ("weights", "image_size"):
         if getattr(settings, name) is not None:
             raise SettingsError(f"--{name.replace('_', '-')} for a run", "it belongs to --model; a run has its own")

@@ -76,16 +76,21 @@ def run_command(program: str, name: str | None, flags: Sequence[str], share: Sha
     else:
         default = with_demo(default, rest)
     recipe = parse(type(default), default, rest, f"{program} --strategy {name}", "; ".join([chosen.summary, *notes]))
-    if recipe.norm != default.norm and pick(rest, "--eps")[0].eps is None:
-        raise SettingsError(
-            f"norm is {recipe.norm} without a radius", "for l2 --eps 0.5 --step-size 0.125 --eval-step-size 0.125"
-        )
+    check_radius(recipe, default, given=pick(rest, "--eps")[0].eps is not None)
     if picked.preset:
         presets.check_weights(recipe)
     folder = Path(picked.out) if picked.out else free_folder(f"{name}-{Path(recipe.data.partition(':')[0]).stem}")
     # Absolute, so that the run can be evaluated from any folder.
     recipe = dataclasses.replace(recipe, data=absolute(recipe.data), weights=absolute(recipe.weights))
     return train(recipe, folder, notes=notes, share=share) or None
+
+
+def check_radius(recipe: Recipe, default: Recipe, *, given: bool) -> None:
+    """Raise SettingsError for another norm than the default's with the default's radius."""
+    if recipe.norm != default.norm and not given:
+        raise SettingsError(
+            f"norm is {recipe.norm} without a radius", "for l2 --eps 0.5 --step-size 0.125 --eval-step-size 0.125"
+        )
 
 
 def overview(program: str, strategies: Mapping[str, Strategy]) -> str:

@@ -104,7 +104,10 @@ def pretend(whole: Comparison, cell: Cell, clean: int = 9, robust: int = 6, n: i
         "split.json": {"classes": ["dark", "grey", "light"]},
         "report.json": {**report, "recipe_sha256": recipe.sha256},
         "cell.json": {"trainable_encoder": 5, "trainable_all": 7, "probe_clean": None},
-        "step-00000006/manifest.json": {"meta": {"stage": 1, "history": list(found.history)}},
+        "step-00000006/manifest.json": {
+            **{"format": 1, "files": {}},
+            "meta": {"stage": 1, "history": list(found.history)},
+        },
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))

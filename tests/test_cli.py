@@ -162,6 +162,7 @@ def test_an_existing_run_folder_is_left_alone(capsys: pytest.CaptureFixture[str]
         (CheckpointError("a", "b"), 4),
         (NumericalError("a", "b"), 5),
         (torch.OutOfMemoryError("CUDA out of memory"), 6),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 6),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), 6),
         (MemoryError(), 6),
         (OSError(errno.ENOSPC, "No space left on device", "report.json"), 4),
@@ -175,7 +176,17 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str], error: BaseException, co
     assert refused(capsys, main)[0] == code
 
 
-@pytest.mark.parametrize("argv", [["-m", "fastadv.train"], ["-m", "fastadv.train", "--strategy", "linear", "--help"]])
+JSON = "from fastadv.cli import command; command(lambda argv: {'a': 1}, ['--json'])"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-m", "fastadv.train"],
+        ["-m", "fastadv.train", "--strategy", "linear", "--help"],
+        ["-c", f"import sys; {JSON.replace('command(lambda', 'sys.exit(command(lambda')})"],
+    ],
+)
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(argv: list[str]) -> None:
     source, sink = os.pipe()
     os.close(source)
@@ -394,6 +405,19 @@ def test_evaluate_wants_the_classes_of_the_run(
         np.savez(tmp_path / f"{name}.npz", images=rows, labels=np.arange(40) % 10, classes=[f"c{i}" for i in range(10)])
     code, what, _ = refused(capsys, evaluate.main, finished, "--data", tmp_path)
     assert (code, "does not have the run's 10 classes" in what) == (3, True)
+
+
+def test_the_best_so_far_of_an_unfinished_run_is_told(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    argv = [str(run), "--images", "4", "--no-page"]
+    assert command(evaluate.main, argv) == 0
+    for path in run.glob("step-*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["meta"]["stage"] = 0
+        path.write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match=f"run in {run} is not finished: its best epoch so far is evaluated"):
+        assert command(evaluate.main, argv) == 0
 
 
 def test_an_unfinished_run_is_not_called_damaged(capsys: pytest.CaptureFixture[str], finished: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from fastadv import compare, comparison, comparison_cells, comparison_page, comp
 from fastadv.cli import command
 from fastadv.comparison import Cell, Comparison
 from fastadv.comparison_cells import Failure
-from fastadv.comparison_results import Row, collect
+from fastadv.comparison_results import Row, collect, groups, table_rows
 from fastadv.errors import CheckpointError
 from fastadv.losses import adversarial_ce, clean_ce
 from fastadv.models import create
+from fastadv.page import Figure
 from fastadv.recipe import Recipe
 from fastadv.run import Run
 from fastadv.runlog import read
@@ -285,6 +286,8 @@ def test_an_error_of_a_strategys_own_is_a_failed_cell(
         (["nowhere", "--epochs", "3"], "has a folder and settings", "alone"),
         (["--strategies", "linear", "--weights", "robust", "best.pth"], "no weights at 'best.pth'", "robust|standard"),
         (["--strategies", "linear", "twins", "--loss", "mart"], "loss is mart, which twins does not use", "--loss"),
+        (["--strategies", "linear", "--norm", "l2"], "norm is l2 without a radius", "--eps 0.5"),
+        (["--page-only"], "--page-only without a folder", "FOLDER"),
         (["--strategies", "linear", "--only", "linear"], "--only without --resume", "--resume FOLDER"),
     ],
 )
@@ -401,9 +404,101 @@ def test_a_better_rate_that_comes_later_leaves_seeds_with_another_out_of_the_mea
     assert command(compare.main, rates(images, folder, "0.01", "0.02")) == 0
     chosen = [(row["seed"], row["lr"]) for row in rows(folder) if row["chosen"] == "True"]
     assert chosen == [("0", "0.03"), ("1", "0.03"), ("0", "0.02")]
+    assert f"left out: {RANLI.replace('s0', 's1')}: trained with lr 0.01, 0.02 is chosen now" in capsys.readouterr().out
+    assert "Left out" in (folder / "compare.html").read_text()
     # Its own run is not thrown away without a word.
     code, what, cure = refused(capsys, *rates(images, folder, "0.01", "0.02", seeds=2))
-    assert (code, "lr was 0.01 when" in what, "--out OTHER" in cure) == (2, True, True), what
+    assert (code, "lr 0.01, and 0.02 is chosen" in what, "remove that folder" in cure) == (2, True, True), what
+    shutil.rmtree(folder / "ranli-bias-shades-none-s1")
+    assert command(compare.main, rates(images, folder, "0.01", "0.02", seeds=2)) == 0
+    assert tried[-1] == ("ranli-bias-shades-none-s1", 0.02)
+
+
+def test_a_run_at_another_rate_is_no_first_stage(grid: Path, tmp_path: Path) -> None:
+    """What counts is the rate in the folder, not the one its cell would have today."""
+    whole = comparison.read(grid)
+    (ranli,) = (cell for cell in whole if cell.strategy == "ranli-bias")
+    recipe, folder = whole.recipe(ranli), tmp_path / "behind"
+    folder.mkdir()
+    other = replace(recipe, lr=2 * recipe.lr)
+    assert comparison_probe.begin_behind(folder, other, [whole.path(ranli)]) is None
+    assert list(folder.iterdir()) == []
+    assert comparison_probe.begin_behind(folder, recipe, [whole.path(ranli)]) == whole.path(ranli)
+
+
+def test_a_choice_of_rates_is_made_from_the_start_or_not_at_all(
+    images: Path, tmp_path: Path, tried: list[tuple[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert command(compare.main, asked(images, before, "ranli-bias")) == 0
+    assert command(compare.main, rates(images, after, "0.01", "0.02")) == 0
+    number = len(tried)
+    for flags, said in (
+        (rates(images, before, "0.01", "0.02"), "ranli-bias with --lrs"),
+        (asked(images, after, "ranli-bias", seeds=2), "ranli-bias without --lrs"),
+    ):
+        code, what, cure = refused(capsys, *flags)
+        assert (code, said in what, "--out OTHER" in cure, len(tried)) == (2, True, True, number)
+    # A probe has no rate to choose.
+    assert command(compare.main, asked(images, after, "linear", seeds=2)) == 0
+
+
+def test_rates_that_join_later_are_tried_before_another_seed_wants_the_best(
+    images: Path, tmp_path: Path, tried: list[tuple[str, float]]
+) -> None:
+    folder = tmp_path / "grid"
+    assert command(compare.main, rates(images, folder, "0.01", "0.03")) == 0
+    # Both were asked for, and nothing was run, as when it is killed at once.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison_cells, "run_here", lambda *args: None)
+        assert command(compare.main, rates(images, folder, "0.01", "0.03", seeds=2)) == 0
+        assert command(compare.main, rates(images, folder, "0.01", "0.02")) == 0
+    assert command(compare.main, ["--resume", str(folder)]) == 0
+    assert tried[-2:] == [("ranli-bias-shades-none-s0-lr0.02", 0.02), ("ranli-bias-shades-none-s1", 0.02)]
+
+
+def test_results_outlive_the_checkpoints_they_came_from(
+    images: Path, tmp_path: Path, grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "grid"
+    shutil.copytree(grid, folder)
+    before = rows(folder)
+    for step in folder.glob("*/step-*"):
+        shutil.rmtree(step)
+    assert command(compare.main, [str(folder)]) == 0
+    assert rows(folder) == before and before[2]["val_robust"]
+
+
+@pytest.mark.parametrize(
+    ("lrs", "others", "said"),
+    [
+        ((), (), "undertrained"),
+        (("0.01", "0.02"), ("0.01", "0.02"), "of 2 undertrained"),
+        (("0.01", "0.02", "0.03"), ("0.01", "0.02", "0.03"), "of 3"),
+        (("0.01", "0.02", "0.03"), ("0.01", "0.02", "0.04"), "of 3 undertrained"),
+    ],
+)
+def test_a_row_says_whether_its_rate_was_chosen_as_its_counterparts(
+    images: Path, tmp_path: Path, tried: list[tuple[str, float]], capsys: Any, lrs: Any, others: Any, said: str
+) -> None:
+    folder = tmp_path / "grid"
+    for strategy, own in (("ranli-bias", lrs), ("roli-bias", others), ("linear", ())):
+        assert command(compare.main, [*asked(images, folder, strategy), *(["--lrs", *own] if own else [])]) == 0
+    whole = comparison.read(folder)
+    ranli, roli, linear = table_rows(whole, groups(collect(whole)))
+    assert ranli["lr"].partition(" ")[2] == roli["lr"].partition(" ")[2] == said
+    assert linear["lr"] == "0.03"
+
+
+def test_the_curves_are_those_of_the_chosen_rate(images: Path, tmp_path: Path, tried: list[tuple[str, float]]) -> None:
+    folder = tmp_path / "grid"
+    assert command(compare.main, rates(images, folder, "0.01", "0.02")) == 0
+    whole = comparison.read(folder)
+    panels = comparison_page._panels(whole, groups(collect(whole)))
+    (figure,) = comparison_page._curves(whole, panels, collect(whole))
+    assert isinstance(figure, Figure) and figure.table
+    (row,) = (row for row in figure.table.rows if row[0] == "ranli-bias")
+    assert row[1] == "75.0 %", row
 
 
 def test_a_rate_that_fails_is_not_chosen(
@@ -413,7 +508,8 @@ def test_a_rate_that_fails_is_not_chosen(
     assert command(compare.main, rates(images, folder, "2", "0.03", seeds=2)) == 5
     assert "1 of 5 cells failed" in capsys.readouterr().err
     assert tried[-1] == ("ranli-bias-shades-none-s1", 0.03)
-    assert [(row["lr"], row["failure"] != "") for row in rows(folder)][1:3] == [("2.0", True), ("0.03", False)]
+    found = [(row["lr"], row["failure"] != "", row["chosen"]) for row in rows(folder)]
+    assert found[1:3] == [("2.0", True, "False"), ("0.03", False, "True")]
 
 
 def test_a_cell_waits_for_the_rate_it_is_given(tmp_path: Path) -> None:

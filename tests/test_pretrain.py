@@ -114,6 +114,9 @@ def test_a_stopped_contrastive_run_ends_in_the_same_bits(
     assert list(whole) == list(again)
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert card["linear"]["n"] == card["test"]["n"] == 400
+    # Anyone who may read a new file may read the weights.
+    (tmp_path / "new").touch()
+    assert (tmp_path / "whole/weights.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
     assert not any("projector" in key for key in whole)
     # Inside an epoch, behind the second, in the third; the average of every parameter was among what was saved.
     assert [saves[place] for place in (0, 3, 5)] == [(0, 1), (0, 4), (0, 6)]

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastadv.comparison import write_whole
 from fastadv.errors import SettingsError
 from fastadv.page import Block
 from fastadv.purification.marks import Mark
 from fastadv.purification.network import Activation
 from fastadv.purification.sparse import SparseCoding, World
 from fastadv.purification.training import Kind, Trained, Training, check_learned
+from fastadv.runfolder import write_whole
 
 # Thresholds that training starts from; a hard one has to be near the smallest active feature to purify.
 THRESHOLDS: dict[Activation, float] = {"soft": 0.03, "hard": 0.1}

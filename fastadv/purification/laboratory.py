@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from fastadv import __version__
-from fastadv.comparison import write_whole
 from fastadv.environment import environment
 from fastadv.errors import CheckpointError, NumericalError, SettingsError
 from fastadv.purification.constructed import CLOSED_FORM, LEMMA, PAIRS
@@ -23,6 +22,7 @@ from fastadv.purification.marks import Outcome
 from fastadv.purification.supervised import ATTACKED, INHERITS, PURIFIES
 from fastadv.purification.sweeps import SWEEPS
 from fastadv.registry import did_you_mean
+from fastadv.runfolder import write_whole
 
 EXPERIMENTS = (CLOSED_FORM, LEMMA, PURIFIES, ATTACKED, INHERITS, PAIRS, CONTRASTIVE, SWEEPS, CONTROLS)
 SETTINGS, CSV = "settings.json", "results.csv"

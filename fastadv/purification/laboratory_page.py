@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastadv import page
-from fastadv.comparison import write_whole
 from fastadv.page import Block, Caution, Claim, Claims, Data, Points, Section, Table
 from fastadv.purification.lab import Settings
 from fastadv.purification.laboratory import EXPERIMENTS
 from fastadv.purification.marks import Mark, Outcome
+from fastadv.runfolder import write_whole
 
 LIMITS = [
     "The body of arXiv:2401.15248 was not at hand when this was written: the model and the claims are the paper's; "
