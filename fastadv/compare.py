@@ -28,7 +28,7 @@ strategies, data, weights or seeds are added to what is there.
 
   --strategies  names, or some of them; without: this text and the list
   --data        data sets, as for training (default: digits)
-  --weights     robust, standard, none, or files (default: robust)
+  --weights     robust, standard, contrastive, adversarial-contrastive, none, or files (default: robust)
   --seeds       how many, counted from --seed (default: 3, from 0)
   --lrs         learning rates of fine-tuning to choose from, for each strategy on each data set from each backbone: its
                 first seed is trained with all, the others with the one that validated best (default: no choice)

@@ -75,7 +75,7 @@ def load(name: str, weights: str | Path, num_classes: int | None = None, image_s
 
     The head is the file's own, and so is the number of classes; ``num_classes`` only asserts it. Where both libraries
     know the name, the one whose layout the file has is taken. Pixel statistics in the file go before the library's.
-    weights: also "robust" and "standard", where they are shipped for the model. Nothing is downloaded.
+    weights: also a name of `models.SHIPPED`, where it is shipped for the model. Nothing is downloaded.
     image_size: side in pixels of the images, where it is not the model's own.
 
     Raises: SettingsError for an unknown name; CheckpointError for a file that is missing, or one that does not fit,

@@ -38,7 +38,7 @@ linear probe on adversarial images; clean and PGD accuracy of each, and the filt
 FOLDER/results.csv and FOLDER/{PAGE}. The same command again goes on where it was stopped: what is done is not done
 again.
 
-  --weights     robust, standard, none, or files, as many as are to be told apart
+  --weights     robust, standard, contrastive, adversarial-contrastive, none, or files, as many as are to be told apart
   --data        data sets, as for training (default: digits)
   --model       the backbones' network (default: swin_micro_64)
   --seeds       how many, counted from --seed (default: 1, from 0)

@@ -20,7 +20,7 @@ from fastadv.errors import CheckpointError, SettingsError
 
 FAMILIES = ("swin_", "vit_", "deit_", "resnet")
 MICRO = "swin_micro_64"
-SHIPPED = ("robust", "standard")
+SHIPPED = ("robust", "standard", "contrastive", "adversarial-contrastive")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -190,10 +190,10 @@ def weights_file(model: str, weights: str) -> Path:
 def load_backbone(model: Classifier, weights: str) -> str:
     """Load backbone weights strictly and give the file they came from.
 
-    ``weights``: ``robust`` or ``standard`` (shipped for `MICROS`, where there is such a file), ``none`` (keep the
-    random ones), or a .safetensors or .pth file in any layout of `fastadv.layouts`. A head in the file is for another
-    task and is left out. Raises CheckpointError for a file that cannot be read or does not fit, also in the pixel
-    statistics it was trained with; SettingsError for a name that is not shipped for this model.
+    ``weights``: one of `SHIPPED` (for those of `MICROS` that have such a file), ``none`` (keep the random ones), or a
+    .safetensors or .pth file in any layout of `fastadv.layouts`. A head in the file is for another task and is left
+    out. Raises CheckpointError for a file that cannot be read or does not fit, also in the pixel statistics it was
+    trained with; SettingsError for a name that is not shipped for this model.
     """
     if weights == "none":
         return "none"

@@ -69,7 +69,8 @@ class Recipe:
     model: str = "swin_micro_64"
     """swin_micro_64, resnet_micro_64, or any Swin, ViT or ResNet of timm."""
     weights: str = "robust"
-    """Backbone weights: robust or standard (shipped for the small models), none, or a .safetensors or .pth file."""
+    """Backbone weights: robust, standard, contrastive or adversarial-contrastive (shipped for small models), none, or a
+    .safetensors or .pth file."""
     resize: bool = False
     """Resize inside the model: the attack then sees the data's own size (the paper attacks CIFAR at 32x32)."""
     drop_path: float = 0.0

@@ -91,7 +91,7 @@ def refused(
     ("argv", "code", "what", "fix"),
     [
         (["--data", "digits"], 2, "no weights given", "--weights robust standard"),
-        (["--weights", "robus"], 2, "no weights at 'robus'", "--weights robust|standard|none"),
+        (["--weights", "robus"], 2, "no weights at 'robus'", "--weights robust|standard|contrastive|"),
         (["--weights", "none", "--strategies", "linear"], 2, "--strategies is decided here", "leave it out"),
         (["--weights", "none", "--strategy", "linear"], 2, "--strategy is decided here", "leave it out"),
         (["--weights", "robust", "--model", "resnet18"], 2, "'robust' are shipped for", "--weights none"),

@@ -73,7 +73,7 @@ def test_an_unknown_model_gets_a_hint(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("swin_micro_64", "robust"), ("swin_micro_64", "standard"), ("resnet_micro_64", "robust")]
+    ("name", "kind"), [*(("swin_micro_64", kind) for kind in models.SHIPPED), ("resnet_micro_64", "robust")]
 )
 def test_shipped_weights_load_strictly(name: str, kind: str) -> None:
     model = models.create(name, 10)
