@@ -160,8 +160,8 @@ def groups(results: Sequence[Result]) -> list[Group]:
     keys = dict.fromkeys(result.cell.key[:3] for result in results if result.row)
     found = []
     for strategy, data, weights in keys:
-        rows = [r.row for r in results if r.row and r.cell.key[:3] == (strategy, data, weights)]
-        cells = [r.cell for r in results if r.row and r.cell.key[:3] == (strategy, data, weights)]
+        known = [(r.cell, r.row) for r in results if r.row and r.cell.key[:3] == (strategy, data, weights)]
+        rows = [row for _, row in known]
         found.append(
             Group(
                 strategy=strategy,
@@ -169,7 +169,7 @@ def groups(results: Sequence[Result]) -> list[Group]:
                 weights=weights,
                 rows=[row for row in rows if row.chosen and not row.failure],
                 failures=[row.failure for row in rows if row.failure],
-                rates=frozenset(cell.lr for cell in cells if isinstance(cell.lr, float)),
+                rates=frozenset(cell.lr for cell, _ in known if isinstance(cell.lr, float)),
             )
         )
     return found

@@ -275,8 +275,8 @@ def put(slots: list[Slot]) -> list[Slot]:
     """Put every value into its slot; the slots with what was in them before, in the order that undoes it."""
     before = []
     for holder, name, value in slots:
-        # Those of a ScriptModule have no get().
-        before.append(Slot(holder, name, holder[name] if name in holder else _ABSENT))  # noqa: SIM401
+        held = holder[name] if name in holder else _ABSENT  # noqa: SIM401  # a ScriptModule's slots have no get()
+        before.append(Slot(holder, name, held))
         if value is _ABSENT:
             del holder[name]
         else:
